@@ -1,0 +1,248 @@
+"""Hypernetworks for reinforcement learning, and the eight critics that the paper compares.
+
+A primary network turns the meta variable into the weights of a small dynamic network, which acts
+on the base variable (Sec. 2, Fig. 1). With the state as meta and the action as base variable it is
+a Q-function whose action gradient flows through the dynamic network alone (Sec. 3, SA-Hyper).
+
+    critic = make_critic("sa-hyper", obs_dim=11, action_dim=3)
+    q = critic(obs, action)                    # (B, 11), (B, 3) -> (B,)
+
+    policy = HyperNetwork(meta_dim=1, base_dim=20, out_dim=6)
+    weights = policy.generate(context)         # (T, 1): one set of weights a task, generated once
+    action = policy.apply(weights, obs)        # (T, N, 20) -> (T, N, 6)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Weights = list[tuple[Tensor, Tensor, Tensor]]  # (W, b, g) of each dynamic layer
+
+
+class ResidualBlock(nn.Module):
+    """`x + Linear(relu(Linear(relu(x))))`, shape (..., width) -> (..., width) (released)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear1 = nn.Linear(width, width)
+        self.linear2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear2(F.relu(self.linear1(F.relu(x))))
+
+
+def make_primary(meta_dim: int, widths: tuple[int, ...] = (256, 512, 1024)) -> nn.Sequential:
+    """Primary network: meta variable (..., meta_dim) -> latent (..., widths[-1]).
+
+    A linear layer and two residual blocks for each width; weights start uniform in
+    ±1 / (2 sqrt(fan_in)) (released).
+    """
+    layers = []
+    for fan_in, width in zip((meta_dim, *widths), widths):
+        layers += [nn.Linear(fan_in, width), ResidualBlock(width), ResidualBlock(width)]
+    primary = nn.Sequential(*layers)
+    for module in primary.modules():
+        if isinstance(module, nn.Linear):
+            bound = 1 / (2 * module.in_features**0.5)
+            nn.init.uniform_(module.weight, -bound, bound)
+    return primary
+
+
+class Head(nn.Module):
+    """One dynamic layer's weights as linear functions of the latent (Fig. 1).
+
+    latent (..., latent_dim) -> W (..., fan_in, fan_out), b (..., fan_out), g (..., fan_out)
+    """
+
+    def __init__(self, latent_dim: int, fan_in: int, fan_out: int):
+        super().__init__()
+        self.shape = (fan_in, fan_out)
+        self.W = nn.Linear(latent_dim, fan_in * fan_out)
+        self.b = nn.Linear(latent_dim, fan_out)
+        self.g = nn.Linear(latent_dim, fan_out)
+
+    def init_uniform(self, W: float, b_and_g: float) -> None:
+        """Weights uniform in ±W and ±b_and_g, biases zero."""
+        for linear, bound in ((self.W, W), (self.b, b_and_g), (self.g, b_and_g)):
+            nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.W(latent).unflatten(-1, self.shape), self.b(latent), self.g(latent)
+
+
+class HyperNetwork(nn.Module):
+    """Primary network, heads, and a dynamic network with one hidden layer (Sec. 2, Eq. 1).
+
+    Leading dimensions: `meta (B, m)` with `base (B, x)` generates one set of weights a sample;
+    `meta (T, m)` with `base (T, N, x)` one set for each of T tasks, used for N samples of it.
+
+    `init` is the distribution that the dynamic weights start with:
+    - "paper": W like Kaiming-uniform (Sec. 5.2), std sqrt(2 / fan_in); b and g ten times smaller
+      than W. The heads' bounds follow from the second moment of the latent, measured for a
+      standard normal meta variable, so this holds for any `meta_dim` and `primary_widths`.
+    - "small-output": as "paper", but the output layer ten times smaller: first outputs near 0.
+    - "released": heads uniform in ±0.05 (hidden layer) and ±0.008 (output layer), the constants of
+      the authors' code, whose W has a std of about 0.04 and 0.007.
+    """
+
+    def __init__(
+        self,
+        meta_dim: int,
+        base_dim: int,
+        out_dim: int,
+        dynamic_width: int = 256,
+        primary_widths: tuple[int, ...] = (256, 512, 1024),
+        init: str = "paper",
+    ):
+        super().__init__()
+        self.primary = make_primary(meta_dim, primary_widths)
+        self.hidden = Head(primary_widths[-1], base_dim, dynamic_width)
+        self.output = Head(primary_widths[-1], dynamic_width, out_dim)
+        if init == "released":
+            self.hidden.init_uniform(0.05, 0.05)
+            self.output.init_uniform(0.008, 0.008)
+        elif init in ("paper", "small-output"):
+            with torch.no_grad():
+                latent = self.primary(torch.randn(1024, meta_dim))
+                norm = (
+                    latent.square().sum(-1).mean().sqrt().item()
+                )  # std of W is c * norm / sqrt(3)
+            for head in (self.hidden, self.output):
+                c = (6 / head.shape[0]) ** 0.5 / norm
+                c = c / 10 if init == "small-output" and head is self.output else c
+                head.init_uniform(c, c / 10)
+        else:
+            raise ValueError(f"init must be paper, small-output or released, not {init!r}")
+
+    def generate(self, meta: Tensor) -> Weights:
+        """meta (..., meta_dim) -> [(W, b, g) of the hidden layer, (W, b, g) of the output layer]"""
+        latent = self.primary(meta)
+        return [self.hidden(latent), self.output(latent)]
+
+    @staticmethod
+    def apply(weights: Weights, base: Tensor) -> Tensor:
+        """Eq. 1: `x = relu((1 + g) * (x W) + b)`, with no relu on the last layer.
+
+        base (B, x) with weights of (B, m), or (T, N, x) with weights of (T, m) -> (..., out_dim)
+        """
+        per_sample = base.dim() == weights[0][1].dim()
+        x = base.unsqueeze(-2) if per_sample else base  # (B, 1, x) or (T, N, x)
+        for layer, (W, b, g) in enumerate(weights):
+            x = (1 + g.unsqueeze(-2)) * (x @ W) + b.unsqueeze(-2)
+            if layer < len(weights) - 1:
+                x = F.relu(x)
+        return x.squeeze(-2) if per_sample else x
+
+    def forward(self, meta: Tensor, base: Tensor) -> Tensor:
+        return self.apply(self.generate(meta), base)
+
+
+class ConcatCritic(nn.Module):
+    """Q(s, a) of a network on the concatenation: obs (..., obs), action (..., action) -> (...)."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.net(torch.cat([obs, action], -1)).squeeze(-1)
+
+
+class D2RL(nn.Module):
+    """Q-D2RL: four layers of 256, the input concatenated to that of every layer (Sec. 5.2)."""
+
+    def __init__(self, input_dim: int):
+        super().__init__()
+        fan_in = 256 + input_dim
+        self.layers = nn.ModuleList(nn.Linear(n, 256) for n in (input_dim, fan_in, fan_in, fan_in))
+        self.output = nn.Linear(256, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.layers[0](x))
+        for layer in self.layers[1:]:
+            h = F.relu(layer(torch.cat([h, x], -1)))
+        return self.output(h)
+
+
+class ResNetFeaturesCritic(nn.Module):
+    """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1 (footnote 4)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, primary_widths: tuple[int, ...]):
+        super().__init__()
+        self.features = make_primary(obs_dim, primary_widths)
+        self.critic = ConcatCritic(make_mlp(primary_widths[-1] + action_dim, 256))
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.critic(self.features(obs), action)
+
+
+class HyperCritic(nn.Module):
+    """SA-Hyper, Q(s, a) = f_{w(s)}(a), or AS-Hyper, Q(s, a) = f_{w(a)}(s) (Sec. 3)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, meta: str, **hyper):
+        super().__init__()
+        self.meta = meta
+        dims = (obs_dim, action_dim) if meta == "obs" else (action_dim, obs_dim)
+        self.hyper = HyperNetwork(*dims, out_dim=1, **hyper)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        meta, base = (obs, action) if self.meta == "obs" else (action, obs)
+        return self.hyper(meta, base).squeeze(-1)
+
+
+def make_mlp(input_dim: int, *widths: int) -> nn.Sequential:
+    """Linear layers with relu between them: (..., input_dim) -> (..., 1)."""
+    layers = []
+    for fan_in, width in zip((input_dim, *widths), widths):
+        layers += [nn.Linear(fan_in, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+
+CRITICS = (
+    "mlp",
+    "mlp-small",
+    "mlp-large",
+    "resnet-features",
+    "resnet35",
+    "d2rl",
+    "as-hyper",
+    "sa-hyper",
+)
+
+
+def make_critic(
+    name: str,
+    obs_dim: int,
+    action_dim: int,
+    primary_widths: tuple[int, ...] = (256, 512, 1024),
+    dynamic_width: int = 256,
+    init: str = "paper",
+) -> nn.Module:
+    """One Q-network of Sec. 5.2: obs (..., obs_dim), action (..., action_dim) -> (...).
+
+    The last three arguments are those of `HyperNetwork`. Raises ValueError for an unknown name.
+    """
+    dim = obs_dim + action_dim
+    hyper = dict(primary_widths=primary_widths, dynamic_width=dynamic_width, init=init)
+    match name:
+        case "mlp":  # MLP-Standard
+            return ConcatCritic(make_mlp(dim, 256, 256))
+        case "mlp-small":  # as large as the dynamic network
+            return ConcatCritic(make_mlp(dim, 256))
+        case "mlp-large":  # as many weights as the hypernetwork, 9M
+            return ConcatCritic(make_mlp(dim, 2900, 2900))
+        case "resnet-features":
+            return ResNetFeaturesCritic(obs_dim, action_dim, primary_widths)
+        case "resnet35":  # 4.5M weights
+            blocks = [ResidualBlock(256) for _ in range(35)]
+            return ConcatCritic(
+                nn.Sequential(nn.Linear(dim, 256), *blocks, nn.ReLU(), nn.Linear(256, 1))
+            )
+        case "d2rl":
+            return ConcatCritic(D2RL(dim))
+        case "as-hyper":
+            return HyperCritic(obs_dim, action_dim, meta="action", **hyper)
+        case "sa-hyper":  # the method
+            return HyperCritic(obs_dim, action_dim, meta="obs", **hyper)
+    raise ValueError(f"unknown critic {name!r}, choose from {', '.join(CRITICS)}")

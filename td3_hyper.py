@@ -1,0 +1,570 @@
+"""TD3 (Fujimoto et al., 2018) with any of the eight critics of the hypernetwork paper (Sec. 5.2).
+
+With `--critic sa-hyper` the Q-function is Q(s, a) = f_{w(s)}(a): a primary network turns the state
+into the weights of a small dynamic network that acts on the action (Sec. 3). The actor follows the
+gradient of Q in the action, which flows through the dynamic network alone (Fig. 2).
+
+    python td3_hyper.py --env-id Hopper-v4 --critic sa-hyper
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import filelock
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from hypernet import CRITICS, make_critic
+
+
+@dataclass
+class Args:
+    """TD3 with hypernetwork critics. The defaults are the paper's run."""
+
+    env_id: str = "Hopper-v4"
+    """Gymnasium environment with a flat Box of observations and a bounded Box of actions
+    (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
+    env_kwargs: str = "{}"
+    """keyword arguments of the environment as JSON (paper, Ant: '{"ctrl_cost_weight": 0.005}')"""
+    seed: int = 1
+    """seed of network weights, environment, exploration and batches (paper: 5 seeds)"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the whole run; a larger number extends a run (released)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where networks and replay buffer live; auto takes cuda where there is one"""
+    runs_dir: str = "runs"
+    """the run goes to RUNS_DIR/EXP_NAME/ENV_ID/CRITIC/seedSEED"""
+    exp_name: str = "td3_hyper"
+    """name of the experiment, a part of the run directory"""
+    eval_every: int = 5_000
+    """environment steps between two evaluations, the first at step 0 (released)"""
+    eval_episodes: int = 10
+    """episodes of one evaluation, with the deterministic policy (released)"""
+    checkpoint_every: int = 10_000
+    """environment steps between two checkpoints, each taken at the next end of an episode"""
+    save_every: int = 0
+    """environment steps between two step_N.pt, the networks alone, for analysis; 0 saves none"""
+    capture_video: bool = False
+    """write the first episode of each evaluation to videos/ in the run directory"""
+    track: bool = False
+    """send the TensorBoard scalars to Weights & Biases too (needs: pip install wandb)"""
+    overwrite: bool = False
+    """delete what the run directory holds and start afresh"""
+
+    critic: Literal[CRITICS] = "sa-hyper"
+    """Q-network (paper, Sec. 5.2)"""
+    primary_widths: tuple[int, ...] = (256, 512, 1024)
+    """widths of the primary network, for sa-hyper, as-hyper and resnet-features (released)"""
+    dynamic_width: int = 256
+    """hidden units of the dynamic network (paper, Sec. 2)"""
+    hyper_init: Literal["paper", "small-output", "released"] = "released"
+    """initialisation of the heads of a hypernetwork, see hypernet.py"""
+    learning_starts: int = 1_000
+    """environment steps with uniformly random actions before learning (released)"""
+    batch_size: int = 100
+    """transitions of one update (released)"""
+    buffer_size: int = 1_000_000
+    """transitions that the replay buffer holds (released)"""
+    gamma: float = 0.99
+    """discount factor (released)"""
+    tau: float = 0.005
+    """share of the online networks that moves into the targets at each actor update (released)"""
+    actor_lr: float = 3e-4
+    """Adam's learning rate for the actor (released)"""
+    critic_lr: float | None = None
+    """Adam's learning rate for the critics; None is 5e-5 for sa-hyper and as-hyper, 3e-4 for the
+    others (released)"""
+    exploration_noise: float = 0.1
+    """std of the exploration noise, in half widths of the action range (released)"""
+    target_noise: float = 0.2
+    """std of the noise on the target action, in half widths of the action range (released)"""
+    noise_clip: float = 0.5
+    """bound of the noise on the target action, in half widths of the action range (released)"""
+    policy_frequency: int = 2
+    """critic updates for each update of the actor and the targets (released)"""
+
+
+def stop(message: str, code: int = 2) -> NoReturn:
+    """Say on stderr in one line why it ends here: code 2 for bad use, 1 for a run gone wrong."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse_args() -> Args:
+    """Arguments of the command line, checked, with `device` and `critic_lr` filled in."""
+    box = io.StringIO()  # tyro draws its errors as a box of many lines
+    try:
+        with contextlib.redirect_stderr(box):
+            args = tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as end:
+        if end.code:
+            lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:-1]]
+            rule = next((i for i, line in enumerate(lines) if line.startswith("──")), None)
+            stop(" ".join(lines[:rule]))
+        raise
+    at_least = {"seed": 0, "save_every": 0, "learning_starts": 0, "actor_lr": 0, "critic_lr": 0}
+    at_least |= {"exploration_noise": 0, "target_noise": 0, "noise_clip": 0, "dynamic_width": 1}
+    at_least |= {"total_timesteps": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1}
+    at_least |= {"batch_size": 1, "buffer_size": 1, "policy_frequency": 1}
+    if args.critic_lr is None:
+        args.critic_lr = 5e-5 if args.critic in ("sa-hyper", "as-hyper") else 3e-4
+    for name, least in at_least.items():
+        if not least <= getattr(args, name) < math.inf:
+            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    for name in ("gamma", "tau"):
+        if not 0 <= getattr(args, name) <= 1:
+            stop(f"--{name} {getattr(args, name)}: must be in [0, 1]")
+    if args.learning_starts >= args.total_timesteps:
+        stop(
+            f"--learning-starts {args.learning_starts}: must be below --total-timesteps "
+            f"{args.total_timesteps}, or nothing is learned"
+        )
+    if not args.primary_widths or min(args.primary_widths) < 1:
+        stop(f"--primary-widths {args.primary_widths}: must be one or more integers of at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda: PyTorch finds no CUDA device here, use --device cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.track and importlib.util.find_spec("wandb") is None:
+        stop("--track: Weights & Biases is not installed, run: pip install wandb")
+    return args
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """The environment of `--env-id`, refused if TD3 cannot act in it."""
+    gym.logger.min_level = gym.logger.ERROR  # v4 is not the newest version, and meant
+    try:
+        kwargs = json.loads(args.env_kwargs)
+        assert isinstance(kwargs, dict)
+    except (ValueError, AssertionError):
+        stop(f"--env-kwargs {args.env_kwargs}: must be a JSON object like '{{\"name\": 0.5}}'")
+    try:
+        env = gym.make(args.env_id, render_mode=render_mode, **kwargs)
+    except Exception as error:
+        similar = difflib.get_close_matches(args.env_id, gym.registry, n=3)
+        name = args.env_id.rsplit("-v", 1)[0]
+        newer = [f"{name}-v{v}" for v in (4, 5) if f"{name}-v{v}" in gym.registry]
+        if args.env_id not in gym.registry and similar:
+            stop(f"--env-id {args.env_id}: unknown, did you mean {' or '.join(similar)}?")
+        if isinstance(error, ImportError) and newer:
+            stop(f"--env-id {args.env_id}: no longer in Gymnasium, use {' or '.join(newer)}")
+        stop(f"--env-id {args.env_id} {args.env_kwargs}: {error}")
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1:
+        stop(f"--env-id {args.env_id}: actions must be a flat Box, not {action}")
+    if not action.is_bounded():
+        stop(f"--env-id {args.env_id}: actions must be bounded, not {action}")
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        stop(f"--env-id {args.env_id}: observations must be a flat Box, not {obs}")
+    return env
+
+
+class Actor(nn.Module):
+    """Deterministic policy: obs (..., obs) -> action (..., action), within the bounds."""
+
+    def __init__(self, obs_dim: int, action_space: gym.spaces.Box):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, 256),
+            nn.ReLU(),
+            nn.Linear(256, 256),
+            nn.ReLU(),
+            nn.Linear(256, action_space.shape[0]),
+            nn.Tanh(),
+        )
+        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        self.register_buffer("half_width", (high - low) / 2)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return (self.low + self.half_width * (1 + self.net(obs))).clamp(self.low, self.high)
+
+
+class Agent(nn.Module):
+    """Actor and twin critics, each with its target network."""
+
+    def __init__(self, obs_dim: int, action_space: gym.spaces.Box, args: Args):
+        super().__init__()
+        hyper = (args.primary_widths, args.dynamic_width, args.hyper_init)
+        dims = (obs_dim, action_space.shape[0])
+        self.actor = Actor(obs_dim, action_space)
+        self.critics = nn.ModuleList(make_critic(args.critic, *dims, *hyper) for _ in range(2))
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, a row each, so that a batch is a single gather."""
+
+    def __init__(self, obs_dim: int, action_dim: int, capacity: int, device: str):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        self.data = torch.empty(capacity, sum(self.widths), device=device)
+        self.added = 0
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.data))
+
+    def add(self, obs, action, reward: float, next_obs, terminated: bool) -> None:
+        """Store a transition; `next_obs` is what `action` led to, also where that truncated."""
+        row = np.concatenate((obs, action, (reward,), next_obs, (terminated,)), dtype=np.float32)
+        self.data[self.added % len(self.data)] = torch.from_numpy(row)
+        self.added += 1
+
+    def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """obs (B, obs), action (B, action), reward (B,), next_obs (B, obs), terminated (B,)"""
+        index = torch.from_numpy(rng.integers(len(self), size=batch_size))
+        rows = self.data[index.to(self.data.device)]
+        obs, action, reward, next_obs, terminated = rows.split(self.widths, -1)
+        return obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1)
+
+    def state_dict(self) -> dict:
+        return {"data": self.data[: len(self)].clone(), "added": self.added}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.data[: len(state["data"])] = state["data"]
+        self.added = state["added"]
+
+
+def evaluate(actor: Actor, env: gym.Env, seed: int, episodes: int) -> list[tuple[float, int]]:
+    """(return, length) of each episode of the deterministic policy, from the same starts always."""
+    results = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        episode_return, length, done = 0.0, 0, False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(act(actor, obs))
+            episode_return, length, done = (
+                episode_return + reward,
+                length + 1,
+                terminated or truncated,
+            )
+        results.append((float(episode_return), length))
+    return results
+
+
+def record_video(actor: Actor, args: Args, folder: Path, global_step: int) -> None:
+    """Write the first episode of an evaluation to folder/step_N-episode-0.mp4."""
+    env = gym.wrappers.RecordVideo(
+        make_env(args, render_mode="rgb_array"), str(folder), name_prefix=f"step_{global_step}"
+    )
+    evaluate(actor, env, args.seed + 100, episodes=1)
+    env.close()
+
+
+@torch.inference_mode()
+def act(actor: Actor, obs: np.ndarray) -> np.ndarray:
+    """π(s) of one observation: (obs,) -> (action,)"""
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=actor.low.device)
+    return actor(obs).cpu().numpy()
+
+
+def critic_loss(agent: Agent, batch: tuple[Tensor, ...], noise: Tensor, args: Args) -> Tensor:
+    """Σ_i mean (Q_i(s, a) - y)² with y = r + γ (1 - terminated) min_i Q'_i(s', π'(s') + ε).
+
+    `noise` (B, action) is standard normal; ε = clip(target_noise * noise, ±noise_clip).
+    """
+    obs, action, reward, next_obs, terminated = batch
+    with torch.no_grad():
+        actor = agent.target_actor
+        epsilon = (args.target_noise * noise).clamp(-args.noise_clip, args.noise_clip)
+        next_action = actor(next_obs) + epsilon * actor.half_width
+        next_action = next_action.clamp(actor.low, actor.high)
+        next_q = torch.min(*(critic(next_obs, next_action) for critic in agent.target_critics))
+        target = reward + args.gamma * (1 - terminated) * next_q  # (B,)
+    return sum(F.mse_loss(critic(obs, action), target) for critic in agent.critics)
+
+
+def actor_loss(agent: Agent, batch: tuple[Tensor, ...]) -> Tensor:
+    """-mean Q_1(s, π(s)), Eq. 5.
+
+    The critic is frozen before its forward pass: with sa-hyper nothing of the primary network is
+    kept for the backward pass, and the gradient flows through the dynamic network alone (Fig. 2c).
+    """
+    obs = batch[0]
+    critic = agent.critics[0].requires_grad_(False)
+    loss = -critic(obs, agent.actor(obs)).mean()
+    critic.requires_grad_(True)
+    return loss
+
+
+def update(agent, critic_optimizer, actor_optimizer, batch, noise, args, delayed) -> dict:
+    """One update of the critics and, if it is its turn, the delayed one of actor and targets."""
+    losses = {"critic_loss": critic_loss(agent, batch, noise, args)}
+    critic_optimizer.zero_grad()
+    losses["critic_loss"].backward()
+    critic_optimizer.step()
+    if delayed:
+        losses["actor_loss"] = actor_loss(agent, batch)
+        actor_optimizer.zero_grad()
+        losses["actor_loss"].backward()
+        actor_optimizer.step()
+        online = [*agent.actor.parameters(), *agent.critics.parameters()]
+        targets = [*agent.target_actor.parameters(), *agent.target_critics.parameters()]
+        torch._foreach_lerp_(targets, online, args.tau)  # θ' <- θ' + τ (θ - θ')
+    return losses
+
+
+def fast_matmul() -> None:
+    """On x86 without AMX, send float32 matrix products to oneDNN: twice MKL's speed on AMD.
+
+    The error stays the same, 4e-7 (README, Speed); with AMX they would be rounded to bfloat16.
+    """
+    cpu = torch.cpu.get_capabilities()
+    if cpu.get("architecture") == "x86_64" and not cpu.get("amx_bf16"):
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+# Arguments that cannot change the result: a run may be resumed with others.
+FREE_ARGS = ("runs_dir", "checkpoint_every", "save_every", "capture_video", "track", "overwrite")
+
+
+def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
+    """Lock the run directory for this process and write its config.json.
+
+    Ends here if the run is complete, belongs to other arguments, or is alive in another process.
+    """
+    run_dir = Path(args.runs_dir, args.exp_name, args.env_id, args.critic, f"seed{args.seed}")
+    config_file, summary_file = run_dir / "config.json", run_dir / "summary.json"
+    config = {
+        "args": dataclasses.asdict(args),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "gymnasium", "mujoco", "numpy")
+        },
+        "git_commit": git_commit(),
+    }
+    config = json.loads(json.dumps(config))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_dir / ".lock", blocking=False)
+        lock.acquire()
+    except filelock.Timeout:
+        stop(f"another process is training in {run_dir}")
+    except OSError as error:
+        stop(f"--runs-dir {args.runs_dir}: cannot write there: {error}")
+    if args.overwrite:
+        for file in sorted(run_dir.iterdir()):  # the checkpoints come first
+            if file.name != ".lock":
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+    elif config_file.exists() or list(run_dir.glob("checkpoint*.pt")):
+        try:
+            old = json.loads(config_file.read_text())["args"]
+        except (OSError, ValueError, KeyError):
+            stop(f"{config_file} is missing or damaged; --overwrite starts afresh")
+        new = config["args"]
+        differ = [name for name in new if name not in FREE_ARGS and old.get(name) != new[name]]
+        if "total_timesteps" in differ and old["total_timesteps"] < new["total_timesteps"]:
+            differ.remove("total_timesteps")
+            summary_file.unlink(missing_ok=True)
+        if differ:
+            fields = ", ".join(f"{name} was {old.get(name)} and is {new[name]}" for name in differ)
+            stop(f"{run_dir} holds a run with other arguments: {fields}; --overwrite starts afresh")
+        if summary_file.exists():
+            print(f"{run_dir} is complete")
+            sys.exit(0)
+    write(config_file, json.dumps(config, indent=2) + "\n")
+    return run_dir, lock
+
+
+def track(run_dir: Path, args: Args) -> None:
+    """Send what TensorBoard gets to Weights & Biases; a resumed run goes on there."""
+    import wandb
+
+    name = "-".join(run_dir.parts[-4:])
+    wandb.init(
+        project="hypernets",
+        id=name,
+        name=name,
+        resume="allow",
+        config=vars(args),
+        dir=run_dir,
+        sync_tensorboard=True,
+    )
+
+
+def git_commit() -> str | None:
+    """The commit of this file's checkout, or None."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def write(file: Path, content: str | dict) -> None:
+    """Replace a file (text or `torch.save`): a crash or a full disk leaves the old one whole."""
+    aside = file.with_name(file.name + ".tmp")
+    try:
+        with open(aside, "wb") as stream:
+            if isinstance(content, str):
+                stream.write(content.encode())
+            else:
+                torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        stop(f"cannot write {file}: {error}", code=1)
+
+
+def save_checkpoint(run_dir: Path, state: dict) -> None:
+    """Write checkpoint.pt and keep the one before; at every moment one of the two is whole."""
+    newest, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
+    write(run_dir / "checkpoint.new.pt", state)
+    if newest.exists():
+        os.replace(newest, previous)
+    os.replace(run_dir / "checkpoint.new.pt", newest)
+
+
+def load_checkpoint(run_dir: Path, device: str) -> dict | None:
+    """The newest whole checkpoint, None if there is none at all."""
+    newest, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
+    files = [file for file in (newest, previous) if file.exists()]
+    for file in files:
+        try:
+            if zipfile.ZipFile(file).testzip():
+                raise zipfile.BadZipFile("wrong checksum")
+            state = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:
+            print(f"warning: {file} is damaged ({error})", file=sys.stderr)
+            continue
+        if file == previous:
+            os.replace(previous, newest)
+        return state
+    if files:
+        stop(f"no whole checkpoint in {run_dir}, nothing was changed; --overwrite starts afresh")
+    return None
+
+
+def check_finite(global_step: int, **quantities) -> None:
+    """Stop the run, exit code 1, if a reward, an observation or a loss is not finite."""
+    for name, value in quantities.items():
+        if not np.isfinite(value).all():
+            stop(f"{name} is not finite at step {global_step}", code=1)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is a crash like any other
+    args = parse_args()
+    env, eval_env = make_env(args), make_env(args)
+    run_dir, lock = claim_run(args)
+    checkpoint = load_checkpoint(run_dir, args.device)
+    fast_matmul()
+
+    torch.manual_seed(args.seed)  # initial weights
+    rng = np.random.default_rng(args.seed)  # environment, exploration, batches, target noise
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    low, high = env.action_space.low, env.action_space.high
+    agent = Agent(obs_dim, env.action_space, args).to(args.device)
+    critic_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.critic_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.actor_lr, fused=True)
+    buffer = ReplayBuffer(obs_dim, action_dim, args.buffer_size, args.device)
+    parts = {"agent": agent, "buffer": buffer}
+    parts |= {"critic_optimizer": critic_optimizer, "actor_optimizer": actor_optimizer}
+    global_step, eval_csv = 0, "global_step,episode,return,length\n"
+    if checkpoint:
+        global_step, eval_csv = checkpoint["global_step"], checkpoint["eval_csv"]
+        rng.bit_generator.state = checkpoint["rng"]
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        print(f"resuming {run_dir} at step {global_step}")
+    if args.track:
+        track(run_dir, args)
+    writer = SummaryWriter(run_dir, purge_step=global_step)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, disable=not sys.stderr.isatty())
+    start_step, start_time, checkpoint_step = global_step, time.time(), global_step
+
+    done = True
+    while True:
+        if done:  # between two episodes: no simulator state to keep
+            due = checkpoint_step + args.checkpoint_every
+            if global_step >= due or global_step == args.total_timesteps:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"global_step": global_step, "eval_csv": eval_csv}
+                save_checkpoint(run_dir, state | {"rng": rng.bit_generator.state})
+                checkpoint_step = global_step
+            obs, _ = env.reset(seed=int(rng.integers(2**31)))
+            episode_return, episode_length = 0.0, 0
+
+        if global_step % args.eval_every == 0:
+            episodes = evaluate(agent.actor, eval_env, args.seed + 100, args.eval_episodes)
+            eval_return, eval_length = np.mean(episodes, axis=0)
+            check_finite(global_step, evaluation_return=eval_return)
+            for episode, (r, length) in enumerate(episodes):
+                eval_csv += f"{global_step},{episode},{r},{length}\n"
+            write(run_dir / "eval.csv", eval_csv)
+            writer.add_scalar("eval/return", eval_return, global_step)
+            writer.add_scalar("eval/length", eval_length, global_step)
+            sps = (global_step - start_step) / (time.time() - start_time)
+            left = (args.total_timesteps - global_step) / sps if sps else 0
+            bar.write(
+                f"step {global_step}/{args.total_timesteps}: return {eval_return:.1f}, "
+                f"{sps:.0f} steps a second, {tqdm.format_interval(left)} left"
+            )
+            if args.capture_video:
+                record_video(agent.actor, args, run_dir / "videos", global_step)
+        if args.save_every and global_step % args.save_every == 0:
+            write(run_dir / f"step_{global_step}.pt", agent.state_dict())
+        if global_step == args.total_timesteps:
+            break
+
+        # Act: a = clip(π(s) + ε), ε ~ N(0, exploration_noise²)
+        if global_step < args.learning_starts:
+            action = rng.uniform(low, high)
+        else:
+            epsilon = args.exploration_noise * rng.standard_normal(action_dim)
+            action = (act(agent.actor, obs) + epsilon * (high - low) / 2).clip(low, high)
+        next_obs, reward, terminated, truncated, _ = env.step(action.astype(np.float32))
+        global_step += 1
+        check_finite(global_step, reward=reward, observation=next_obs)
+        buffer.add(obs, action, reward, next_obs, terminated)
+        obs, done = next_obs, terminated or truncated
+        episode_return, episode_length = episode_return + reward, episode_length + 1
+
+        # Learn: the critics every step, actor and targets every `policy_frequency` steps
+        losses = {}
+        if global_step > args.learning_starts:
+            batch = buffer.sample(args.batch_size, rng)
+            noise = rng.standard_normal((args.batch_size, action_dim), dtype=np.float32)
+            noise = torch.from_numpy(noise).to(args.device)
+            delayed = global_step % args.policy_frequency == 0
+            losses = update(agent, critic_optimizer, actor_optimizer, batch, noise, args, delayed)
+            losses = {name: loss.item() for name, loss in losses.items()}  # the one host sync
+            check_finite(global_step, **losses)
+
+        bar.update()
+        if done:
+            writer.add_scalar("charts/episodic_return", episode_return, global_step)
+            writer.add_scalar("charts/episodic_length", episode_length, global_step)
+            sps = (global_step - start_step) / (time.time() - start_time)
+            writer.add_scalar("charts/SPS", sps, global_step)
+            for name, loss in losses.items():
+                writer.add_scalar(f"losses/{name}", loss, global_step)
+
+    write(run_dir / f"step_{global_step}.pt", agent.state_dict())
+    writer.close()
+    summary = {"global_step": global_step, "last_eval_csv_line": eval_csv.splitlines()[-1]}
+    write(run_dir / "summary.json", json.dumps(summary) + "\n")  # last: the run is complete
