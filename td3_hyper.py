@@ -21,7 +21,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +80,7 @@ class Args:
     dynamic_width: int = 256
     """hidden units of the dynamic network (paper, Sec. 2)"""
     hyper_init: Literal["paper", "small-output", "released"] = "released"
-    """initialisation of the heads of a hypernetwork, see hypernet.py"""
+    """initialisation of the heads of a hypernetwork, see hypernet.py (measured: results/)"""
     learning_starts: int = 1_000
     """environment steps with uniformly random actions before learning (released)"""
     batch_size: int = 100
@@ -107,6 +106,15 @@ class Args:
     """critic updates for each update of the actor and the targets (released)"""
 
 
+# The least value of each number.
+AT_LEAST = {
+    0: "seed save_every learning_starts actor_lr critic_lr exploration_noise target_noise "
+    "noise_clip",
+    1: "total_timesteps eval_every eval_episodes checkpoint_every dynamic_width batch_size "
+    "buffer_size policy_frequency",
+}
+
+
 def stop(message: str, code: int = 2) -> NoReturn:
     """Say on stderr in one line why it ends here: code 2 for bad use, 1 for a run gone wrong."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -114,71 +122,66 @@ def stop(message: str, code: int = 2) -> NoReturn:
 
 
 def parse_args() -> Args:
-    """Arguments of the command line, checked, with `device` and `critic_lr` filled in."""
-    box = io.StringIO()  # tyro draws its errors as a box of many lines
+    """The command line's arguments, checked, with `device` and `critic_lr` filled in."""
+    box = io.StringIO()  # tyro draws an error as a box of several lines
     try:
         with contextlib.redirect_stderr(box):
-            args = tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,))
+            args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as end:
         if end.code:
-            lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:-1]]
-            rule = next((i for i, line in enumerate(lines) if line.startswith("──")), None)
-            stop(" ".join(lines[:rule]))
+            stop(box.getvalue().split("╮\n")[-1].split("│ ──")[0].replace("│", " "))
         raise
-    at_least = {"seed": 0, "save_every": 0, "learning_starts": 0, "actor_lr": 0, "critic_lr": 0}
-    at_least |= {"exploration_noise": 0, "target_noise": 0, "noise_clip": 0, "dynamic_width": 1}
-    at_least |= {"total_timesteps": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1}
-    at_least |= {"batch_size": 1, "buffer_size": 1, "policy_frequency": 1}
-    if args.critic_lr is None:
-        args.critic_lr = 5e-5 if args.critic in ("sa-hyper", "as-hyper") else 3e-4
-    for name, least in at_least.items():
-        if not least <= getattr(args, name) < math.inf:
-            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    for least, names in AT_LEAST.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not least <= value < math.inf:
+                stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     for name in ("gamma", "tau"):
         if not 0 <= getattr(args, name) <= 1:
             stop(f"--{name} {getattr(args, name)}: must be in [0, 1]")
     if args.learning_starts >= args.total_timesteps:
-        stop(
-            f"--learning-starts {args.learning_starts}: must be below --total-timesteps "
-            f"{args.total_timesteps}, or nothing is learned"
-        )
+        stop(f"--learning-starts {args.learning_starts}: must be below --total-timesteps")
     if not args.primary_widths or min(args.primary_widths) < 1:
-        stop(f"--primary-widths {args.primary_widths}: must be one or more integers of at least 1")
+        stop("--primary-widths: must be one or more integers of at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("--device cuda: PyTorch finds no CUDA device here, use --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.track and importlib.util.find_spec("wandb") is None:
         stop("--track: Weights & Biases is not installed, run: pip install wandb")
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.critic_lr is None:
+        args.critic_lr = 5e-5 if args.critic in ("sa-hyper", "as-hyper") else 3e-4
     return args
 
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """The environment of `--env-id`, refused if TD3 cannot act in it."""
+    """The environment of `--env-id`; ends here if there is none or the agent cannot act in it."""
     gym.logger.min_level = gym.logger.ERROR  # v4 is not the newest version, and meant
     try:
-        kwargs = json.loads(args.env_kwargs)
-        assert isinstance(kwargs, dict)
-    except (ValueError, AssertionError):
+        kwargs = dict(json.loads(args.env_kwargs))
+    except (ValueError, TypeError):
         stop(f"--env-kwargs {args.env_kwargs}: must be a JSON object like '{{\"name\": 0.5}}'")
     try:
         env = gym.make(args.env_id, render_mode=render_mode, **kwargs)
+        if render_mode:
+            env.reset()
+            env.render()
     except Exception as error:
-        similar = difflib.get_close_matches(args.env_id, gym.registry, n=3)
-        name = args.env_id.rsplit("-v", 1)[0]
-        newer = [f"{name}-v{v}" for v in (4, 5) if f"{name}-v{v}" in gym.registry]
-        if args.env_id not in gym.registry and similar:
-            stop(f"--env-id {args.env_id}: unknown, did you mean {' or '.join(similar)}?")
-        if isinstance(error, ImportError) and newer:
+        name, _, version = args.env_id.rpartition("-v")
+        newer = [f"{name}-v{n}" for n in (4, 5) if f"{name}-v{n}" in gym.registry]
+        similar = difflib.get_close_matches(args.env_id, gym.registry, n=1)
+        if version in ("1", "2", "3") and newer:
             stop(f"--env-id {args.env_id}: no longer in Gymnasium, use {' or '.join(newer)}")
-        stop(f"--env-id {args.env_id} {args.env_kwargs}: {error}")
+        if args.env_id not in gym.registry and similar:
+            stop(f"--env-id {args.env_id}: unknown, did you mean {similar[0]}?")
+        stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {error}")
     obs, action = env.observation_space, env.action_space
-    if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1:
-        stop(f"--env-id {args.env_id}: actions must be a flat Box, not {action}")
-    if not action.is_bounded():
-        stop(f"--env-id {args.env_id}: actions must be bounded, not {action}")
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         stop(f"--env-id {args.env_id}: observations must be a flat Box, not {obs}")
+    if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1 or not action.is_bounded():
+        stop(f"--env-id {args.env_id}: actions must be a flat, bounded Box, not {action}")
     return env
 
 
@@ -266,11 +269,10 @@ def evaluate(actor: Actor, env: gym.Env, seed: int, episodes: int) -> list[tuple
     return results
 
 
-def record_video(actor: Actor, args: Args, folder: Path, global_step: int) -> None:
-    """Write the first episode of an evaluation to folder/step_N-episode-0.mp4."""
-    env = gym.wrappers.RecordVideo(
-        make_env(args, render_mode="rgb_array"), str(folder), name_prefix=f"step_{global_step}"
-    )
+def record_video(actor: Actor, args: Args, folder: Path, name: str) -> None:
+    """The first episode of an evaluation as folder/{name}-episode-0.mp4."""
+    env = make_env(args, render_mode="rgb_array")
+    env = gym.wrappers.RecordVideo(env, str(folder), name_prefix=name)
     evaluate(actor, env, args.seed + 100, episodes=1)
     env.close()
 
@@ -470,6 +472,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is a crash like any other
     args = parse_args()
     env, eval_env = make_env(args), make_env(args)
+    if args.capture_video:
+        make_env(args, render_mode="rgb_array").close()  # or say now what is missing
     run_dir, lock = claim_run(args)
     checkpoint = load_checkpoint(run_dir, args.device)
     fast_matmul()
@@ -490,14 +494,14 @@ if __name__ == "__main__":
         rng.bit_generator.state = checkpoint["rng"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        print(f"resuming {run_dir} at step {global_step}")
+        print(f"resuming {run_dir} at step {global_step}", flush=True)
     if args.track:
         track(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=global_step)
-    bar = tqdm(total=args.total_timesteps, initial=global_step, disable=not sys.stderr.isatty())
-    start_step, start_time, checkpoint_step = global_step, time.time(), global_step
+    terminal = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", file=terminal)
+    checkpoint_step, done = global_step, True
 
-    done = True
     while True:
         if done:  # between two episodes: no simulator state to keep
             due = checkpoint_step + args.checkpoint_every
@@ -513,19 +517,17 @@ if __name__ == "__main__":
             episodes = evaluate(agent.actor, eval_env, args.seed + 100, args.eval_episodes)
             eval_return, eval_length = np.mean(episodes, axis=0)
             check_finite(global_step, evaluation_return=eval_return)
-            for episode, (r, length) in enumerate(episodes):
-                eval_csv += f"{global_step},{episode},{r},{length}\n"
+            for episode, result in enumerate(episodes):
+                eval_csv += "{},{},{},{}\n".format(global_step, episode, *result)
             write(run_dir / "eval.csv", eval_csv)
             writer.add_scalar("eval/return", eval_return, global_step)
             writer.add_scalar("eval/length", eval_length, global_step)
-            sps = (global_step - start_step) / (time.time() - start_time)
-            left = (args.total_timesteps - global_step) / sps if sps else 0
-            bar.write(
-                f"step {global_step}/{args.total_timesteps}: return {eval_return:.1f}, "
-                f"{sps:.0f} steps a second, {tqdm.format_interval(left)} left"
-            )
+            writer.add_scalar("charts/SPS", bar.format_dict["rate"] or 0, global_step)
+            bar.set_postfix_str(f"eval return {eval_return:.1f}")
+            if terminal is not sys.stderr:
+                print(bar, flush=True)
             if args.capture_video:
-                record_video(agent.actor, args, run_dir / "videos", global_step)
+                record_video(agent.actor, args, run_dir / "videos", f"step_{global_step}")
         if args.save_every and global_step % args.save_every == 0:
             write(run_dir / f"step_{global_step}.pt", agent.state_dict())
         if global_step == args.total_timesteps:
@@ -559,12 +561,12 @@ if __name__ == "__main__":
         if done:
             writer.add_scalar("charts/episodic_return", episode_return, global_step)
             writer.add_scalar("charts/episodic_length", episode_length, global_step)
-            sps = (global_step - start_step) / (time.time() - start_time)
-            writer.add_scalar("charts/SPS", sps, global_step)
             for name, loss in losses.items():
                 writer.add_scalar(f"losses/{name}", loss, global_step)
 
     write(run_dir / f"step_{global_step}.pt", agent.state_dict())
     writer.close()
-    summary = {"global_step": global_step, "last_eval_csv_line": eval_csv.splitlines()[-1]}
+    last = [float(row.split(",")[2]) for row in eval_csv.splitlines()[-args.eval_episodes :]]
+    summary = {"global_step": global_step, "eval_return": np.mean(last)}
     write(run_dir / "summary.json", json.dumps(summary) + "\n")  # last: the run is complete
+    lock.release()

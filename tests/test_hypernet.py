@@ -1,0 +1,218 @@
+"""hypernet.py against NumPy, finite differences and the paper's numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from hypernet import CRITICS, HyperNetwork, make_critic
+
+
+def numpy_primary(net: HyperNetwork, meta: np.ndarray) -> np.ndarray:
+    """The latent of one meta variable, from the state dict alone."""
+    p = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    x, layer = meta, 0
+    while f"primary.{layer}.weight" in p:
+        x = p[f"primary.{layer}.weight"] @ x + p[f"primary.{layer}.bias"]
+        for block in (layer + 1, layer + 2):
+            h = np.maximum(x, 0)
+            h = p[f"primary.{block}.linear1.weight"] @ h + p[f"primary.{block}.linear1.bias"]
+            h = np.maximum(h, 0)
+            x = x + p[f"primary.{block}.linear2.weight"] @ h + p[f"primary.{block}.linear2.bias"]
+        layer += 3
+    return x
+
+
+def numpy_hypernetwork(net: HyperNetwork, meta: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Eq. 1, neuron by neuron, for one meta and one base variable."""
+    p = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    latent, x = numpy_primary(net, meta), base
+    for head in ("hidden", "output"):
+        W, b, g = (p[f"{head}.{k}.weight"] @ latent + p[f"{head}.{k}.bias"] for k in "Wbg")
+        fan_in, fan_out = len(x), len(b)
+        out = np.empty(fan_out)
+        for j in range(fan_out):
+            xW = sum(x[i] * W[i * fan_out + j] for i in range(fan_in))
+            out[j] = (1 + g[j]) * xW + b[j]
+        x = np.maximum(out, 0) if head == "hidden" else out
+    return x
+
+
+def small_hypernetwork(**options) -> HyperNetwork:
+    options = {"dynamic_width": 7, "primary_widths": (8, 12)} | options
+    return HyperNetwork(4, 3, 2, **options).double()
+
+
+@pytest.mark.parametrize("init", ["paper", "small-output", "released"])
+def test_hypernetwork_equals_equation_1_in_numpy(init):
+    torch.manual_seed(0)
+    net = small_hypernetwork(init=init)
+    meta, base = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    expected = [numpy_hypernetwork(net, m.numpy(), x.numpy()) for m, x in zip(meta, base)]
+    np.testing.assert_allclose(net(meta, base).detach().numpy(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_weights_generated_once_a_task_act_like_weights_generated_for_every_sample():
+    torch.manual_seed(0)
+    net = small_hypernetwork()
+    meta, base = torch.randn(5, 4).double(), torch.randn(5, 6, 3).double()  # T tasks, N samples
+    weights = net.generate(meta)
+    assert weights[0][0].shape == (5, 3, 7) and weights[1][0].shape == (5, 7, 2)
+    per_task = net.apply(weights, base)
+    assert per_task.shape == (5, 6, 2)
+    torch.testing.assert_close(per_task, net(meta, base))
+    per_sample = net(meta.repeat_interleave(6, 0), base.flatten(0, 1))
+    torch.testing.assert_close(per_task.flatten(0, 1), per_sample, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_equal_finite_differences():
+    torch.manual_seed(0)
+    net = small_hypernetwork()
+    meta, base = torch.randn(3, 4).double(), torch.randn(3, 3).double()
+    meta.requires_grad_(True), base.requires_grad_(True)
+    parameters = [
+        net.primary[0].weight,
+        net.hidden.W.weight,
+        net.hidden.g.weight,
+        net.output.b.bias,
+    ]
+
+    def outputs(meta, base, *_):
+        return net(meta, base)
+
+    assert torch.autograd.gradcheck(outputs, (meta, base, *parameters))
+
+
+@pytest.mark.parametrize("meta_dim", [1, 3, 11, 27, 111])
+@pytest.mark.parametrize("primary_widths", [(256, 512, 1024), (64, 128, 256), (100,)])
+def test_paper_init_generates_weights_like_kaiming_uniform(meta_dim, primary_widths):
+    torch.manual_seed(meta_dim)
+    net = HyperNetwork(meta_dim, 3, 1, primary_widths=primary_widths, init="paper")
+    with torch.no_grad():
+        hidden, output = net.generate(torch.randn(500, meta_dim))
+    for (W, b, g), fan_in in ((hidden, 3), (output, 256)):
+        kaiming = torch.nn.init.kaiming_uniform_(torch.empty(10_000, fan_in)).std()
+        assert W.std().item() == pytest.approx(kaiming.item(), rel=0.2)
+        assert b.square().mean().sqrt() < 0.2 * kaiming and g.square().mean().sqrt() < 0.2 * kaiming
+
+
+def test_small_output_init_shrinks_the_output_layer_alone():
+    torch.manual_seed(0)
+    net = HyperNetwork(11, 3, 1, init="small-output")
+    (W1, _, _), (W2, _, _) = net.generate(torch.randn(500, 11))
+    assert W1.std().item() == pytest.approx((2 / 3) ** 0.5, rel=0.2)
+    assert W2.std().item() == pytest.approx((2 / 256) ** 0.5 / 10, rel=0.2)
+
+
+def test_released_init_has_the_published_constants():
+    torch.manual_seed(0)
+    net = HyperNetwork(11, 3, 1, init="released")
+    for head, bound in ((net.hidden, 0.05), (net.output, 0.008)):
+        for linear in (head.W, head.b, head.g):
+            assert linear.weight.abs().max().item() == pytest.approx(bound, rel=0.02)
+            assert linear.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+            assert (linear.bias == 0).all()
+    (W1, _, _), (W2, _, _) = net.generate(torch.randn(500, 11))
+    assert W1.std().item() == pytest.approx(0.042, rel=0.1)
+    assert W2.std().item() == pytest.approx(0.0072, rel=0.1)
+
+
+def test_primary_network_starts_uniform_in_half_the_inverse_root_of_fan_in():
+    for module in HyperNetwork(11, 3, 1).primary.modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = 1 / (2 * module.in_features**0.5)
+            assert bound * 0.9 < module.weight.abs().max() <= bound
+
+
+HOPPER, ANT = (11, 3), (27, 8)
+
+
+@pytest.mark.parametrize(
+    "name, dims, parameters",
+    [
+        ("mlp", HOPPER, 69_889),  # 15*256 + 257*256 + 257
+        ("mlp-small", HOPPER, 4_097),  # 15*256 + 257
+        ("mlp-large", HOPPER, 8_459_301),  # paper: 9M
+        ("resnet35", HOPPER, 4_609_537),  # paper: 4.5M
+        ("d2rl", HOPPER, 212_225),
+        ("resnet-features", HOPPER, 6_435_585),
+        ("as-hyper", HOPPER, 9_845_762),
+        ("sa-hyper", HOPPER, 7_748_610),
+        ("sa-hyper", ANT, 9_064_706),  # paper: 9M
+    ],
+)
+def test_parameter_counts(name, dims, parameters):
+    critic = make_critic(name, *dims)
+    assert sum(p.numel() for p in critic.parameters()) == parameters
+
+
+SMALL = dict(primary_widths=(8, 16), dynamic_width=8)
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_every_critic_is_a_q_function_of_obs_and_action(name):
+    torch.manual_seed(0)
+    critic = make_critic(name, 5, 2, **SMALL).double()
+    obs, action = torch.randn(6, 5).double(), torch.randn(6, 2).double().requires_grad_(True)
+    assert critic(obs, action).shape == (6,)
+    assert not torch.allclose(critic(obs, action), critic(obs.roll(1, 0), action))
+    # The gradient that the actor follows, against central differences.
+    (gradient,) = torch.autograd.grad(critic(obs, action).sum(), action)
+    h = 1e-6
+    for i in range(2):
+        step = torch.zeros(2).double()
+        step[i] = h
+        difference = (critic(obs, action + step) - critic(obs, action - step)) / (2 * h)
+        torch.testing.assert_close(gradient[:, i], difference.detach(), rtol=1e-4, atol=1e-7)
+
+
+def numpy_concat_critic(name: str, p: dict, x: np.ndarray) -> float:
+    def linear(key, x):
+        return p[f"{key}.weight"] @ x + p[f"{key}.bias"]
+
+    relu = lambda x: np.maximum(x, 0)  # noqa: E731
+    if name == "d2rl":
+        h = relu(linear("net.layers.0", x))
+        for i in (1, 2, 3):
+            h = relu(linear(f"net.layers.{i}", np.concatenate([h, x])))
+        return linear("net.output", h)[0]
+    h = linear("net.0", x)
+    if name == "resnet35":
+        for i in range(1, 36):
+            h = h + linear(f"net.{i}.linear2", relu(linear(f"net.{i}.linear1", relu(h))))
+        return linear("net.37", relu(h))[0]
+    for i in {"mlp": (2, 4), "mlp-small": (2,), "mlp-large": (2, 4)}[name]:
+        h = linear(f"net.{i}", relu(h))
+    return h[0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp-small", "mlp-large", "resnet35", "d2rl"])
+def test_concatenating_critics_equal_numpy(name):
+    torch.manual_seed(0)
+    critic = make_critic(name, 5, 2).double()
+    obs, action = torch.randn(3, 5).double(), torch.randn(3, 2).double()
+    p = {key: tensor.numpy() for key, tensor in critic.state_dict().items()}
+    inputs = torch.cat([obs, action], -1).numpy()
+    expected = [numpy_concat_critic(name, p, x) for x in inputs]
+    np.testing.assert_allclose(critic(obs, action).detach().numpy(), expected, rtol=1e-10)
+
+
+def test_hyper_critics_differ_in_which_input_is_meta_and_features_feed_a_single_hidden_layer():
+    torch.manual_seed(0)
+    obs, action = torch.randn(3, 5).double(), torch.randn(3, 2).double()
+    sa = make_critic("sa-hyper", 5, 2, **SMALL).double()
+    torch.testing.assert_close(sa(obs, action), sa.hyper(obs, action).squeeze(-1))
+    as_ = make_critic("as-hyper", 5, 2, **SMALL).double()
+    torch.testing.assert_close(as_(obs, action), as_.hyper(action, obs).squeeze(-1))
+    features = make_critic("resnet-features", 5, 2, **SMALL).double()
+    hidden, output = features.critic.net[0], features.critic.net[2]
+    assert hidden.weight.shape == (256, 16 + 2) and output.weight.shape == (1, 256)
+    latent = features.features(obs)
+    expected = output(torch.relu(hidden(torch.cat([latent, action], -1)))).squeeze(-1)
+    torch.testing.assert_close(features(obs, action), expected)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="sa-hyper"):
+        make_critic("sa_hyper", 5, 2)
+    with pytest.raises(ValueError, match="released"):
+        HyperNetwork(4, 3, 2, init="kaiming")

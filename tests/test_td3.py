@@ -1,0 +1,242 @@
+"""The update of td3_hyper.py: what it computes, and where gradients go."""
+
+import copy
+import csv
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from hypernet import CRITICS
+from td3_hyper import (
+    Actor,
+    Agent,
+    Args,
+    ReplayBuffer,
+    act,
+    actor_loss,
+    critic_loss,
+    evaluate,
+    update,
+)
+
+SCRIPT = ROOT / "td3_hyper.py"
+ACTIONS = gym.spaces.Box(np.float32([-2, 0]), np.float32([2, 10]))  # half widths 2 and 5
+
+
+def make_agent(critic: str, **options) -> tuple[Agent, Args]:
+    torch.manual_seed(0)
+    args = Args(critic=critic, primary_widths=(8, 16), dynamic_width=8, **options)
+    return Agent(3, ACTIONS, args), args
+
+
+def make_batch(size: int = 10) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    torch.manual_seed(1)
+    obs, next_obs = torch.randn(2, size, 3)
+    low, high = torch.tensor(ACTIONS.low), torch.tensor(ACTIONS.high)
+    action = low + (high - low) * torch.rand(size, 2)
+    terminated = (torch.rand(size) < 0.3).float()
+    return (obs, action, torch.randn(size), next_obs, terminated), torch.randn(size, 2)
+
+
+def optimizers(agent: Agent, lr: float = 1e-3) -> tuple[torch.optim.Adam, torch.optim.Adam]:
+    return (
+        torch.optim.Adam(agent.critics.parameters(), lr=lr, fused=True),
+        torch.optim.Adam(agent.actor.parameters(), lr=lr, fused=True),
+    )
+
+
+def graph_of(loss: torch.Tensor) -> tuple[set[int], int]:
+    """ids of the parameters that a backward pass reaches, and the number of its nodes."""
+    leaves, seen, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        todo += [parent for parent, _ in node.next_functions]
+    return leaves, len(seen)
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_actor_loss_reaches_the_actor_and_no_parameter_of_a_critic(critic):
+    agent, _ = make_agent(critic)
+    loss = actor_loss(agent, make_batch()[0])
+    reached, _ = graph_of(loss)
+    assert reached == {id(p) for p in agent.actor.parameters()}
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in agent.actor.parameters())
+    assert all(p.grad is None for p in agent.critics.parameters())
+    assert all(p.requires_grad for p in agent.critics.parameters())  # and is trained on
+
+
+def test_actor_gradient_flows_only_through_the_dynamic_network():
+    """Fig. 2c: the primary network costs no backward pass, however deep it is."""
+    batch = make_batch()[0]
+    nodes = []
+    for widths in ((8,), (8, 16, 32)):
+        torch.manual_seed(0)
+        args = Args(critic="sa-hyper", primary_widths=widths, dynamic_width=8)
+        nodes.append(graph_of(actor_loss(Agent(3, ACTIONS, args), batch))[1])
+    assert nodes[0] == nodes[1]
+
+
+def test_actor_loss_is_minus_mean_q1_of_the_actors_action():
+    agent, _ = make_agent("sa-hyper")
+    obs = make_batch()[0][0]
+    expected = -np.mean([agent.critics[0](o, agent.actor(o)).item() for o in obs.split(1)])
+    assert actor_loss(agent, (obs,)).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("critic", ["mlp", "sa-hyper"])
+def test_critic_loss_is_clipped_double_q_learning_with_smoothed_targets(critic):
+    agent, args = make_agent(critic, gamma=0.9)
+    (obs, action, reward, next_obs, terminated), noise = make_batch()
+    noise = 3 * noise  # beyond noise_clip for some
+    expected = 0.0
+    half_width, low, high = np.array([2.0, 5.0]), ACTIONS.low, ACTIONS.high
+    for i in range(len(obs)):
+        epsilon = np.clip(0.2 * noise[i].numpy(), -0.5, 0.5) * half_width
+        next_action = np.clip(act(agent.target_actor, next_obs[i].numpy()) + epsilon, low, high)
+        next_action = torch.from_numpy(next_action).float()[None]
+        q1, q2 = (q(next_obs[i][None], next_action).item() for q in agent.target_critics)
+        y = reward[i].item() + 0.9 * (1 - terminated[i].item()) * min(q1, q2)
+        for q in agent.critics:
+            expected += (q(obs[i][None], action[i][None]).item() - y) ** 2 / len(obs)
+    loss = critic_loss(agent, (obs, action, reward, next_obs, terminated), noise, args)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert graph_of(loss)[0] == {id(p) for p in agent.critics.parameters()}
+
+
+def test_terminated_masks_the_bootstrap():
+    agent, args = make_agent("mlp")
+    (obs, action, reward, next_obs, _), noise = make_batch()
+    ones, zeros = torch.ones(10), torch.zeros(10)
+    agent.critics[0].net[-1].weight.data.zero_(), agent.critics[1].net[-1].weight.data.zero_()
+    agent.critics[0].net[-1].bias.data.zero_(), agent.critics[1].net[-1].bias.data.zero_()
+    loss = critic_loss(agent, (obs, action, reward, next_obs, ones), noise, args)
+    assert loss.item() == pytest.approx(2 * reward.square().mean().item(), rel=1e-5)
+    assert critic_loss(agent, (obs, action, reward, next_obs, zeros), noise, args) != loss
+
+
+def test_targets_move_by_tau_with_the_delayed_update_alone():
+    agent, args = make_agent("sa-hyper", tau=0.1)
+    batch, noise = make_batch()
+    before = copy.deepcopy(agent)
+    losses = update(agent, *optimizers(agent), batch, noise, args, delayed=False)
+    assert set(losses) == {"critic_loss"}
+    for part in ("actor", "target_actor", "target_critics"):
+        for p, old in zip(getattr(agent, part).parameters(), getattr(before, part).parameters()):
+            assert torch.equal(p, old)
+    assert not torch.equal(
+        agent.critics[0].hyper.hidden.W.weight, before.critics[0].hyper.hidden.W.weight
+    )
+    losses = update(agent, *optimizers(agent), batch, noise, args, delayed=True)
+    assert set(losses) == {"critic_loss", "actor_loss"}
+    for target, online in (("target_actor", "actor"), ("target_critics", "critics")):
+        triples = (getattr(agent, target), getattr(agent, online), getattr(before, target))
+        for new, p, old in zip(*(module.parameters() for module in triples)):
+            torch.testing.assert_close(new, 0.9 * old + 0.1 * p)
+    assert not torch.equal(agent.actor.net[0].weight, before.actor.net[0].weight)
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_updates_fit_the_critics_to_a_known_return(critic):
+    """Every transition terminates with reward s_0 - a_1 / 5: Q must become that."""
+    agent, args = make_agent(critic)
+    optimizer, actor_optimizer = optimizers(agent, lr=3e-3)
+    (obs, action, _, next_obs, _), noise = make_batch(50)
+    reward = obs[:, 0] - action[:, 1] / 5
+    batch = (obs, action, reward, next_obs, torch.ones(50))
+    losses = [
+        update(agent, optimizer, actor_optimizer, batch, noise, args, delayed=False)["critic_loss"]
+        for _ in range(80)
+    ]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_actor_stays_within_bounds_that_are_not_symmetric():
+    torch.manual_seed(0)
+    actor = Actor(3, ACTIONS)
+    actor.net[-2].weight.data.mul_(1000)
+    actor.net[-2].bias.data.zero_()
+    action = actor(100 * torch.randn(1000, 3))
+    low, high = torch.tensor(ACTIONS.low), torch.tensor(ACTIONS.high)
+    assert (action >= low).all() and (action <= high).all()
+    assert torch.allclose(action.amin(0), low) and torch.allclose(action.amax(0), high)
+
+
+def test_replay_buffer_keeps_the_newest_and_survives_its_state_dict():
+    rng = np.random.default_rng(0)
+    buffer = ReplayBuffer(2, 1, capacity=5, device="cpu")
+    for i in range(8):
+        buffer.add([i, i], [10 * i], 100.0 * i, [i + 1, i + 1], i % 2 == 0)
+    assert len(buffer) == 5
+    again = ReplayBuffer(2, 1, capacity=5, device="cpu")
+    again.load_state_dict(buffer.state_dict())
+    for b in (buffer, again):
+        obs, action, reward, next_obs, terminated = b.sample(500, rng)
+        assert obs.shape == next_obs.shape == (500, 2) and action.shape == (500, 1)
+        assert reward.shape == terminated.shape == (500,)
+        i = obs[:, 0]
+        assert set(i.tolist()) == {3, 4, 5, 6, 7}
+        assert (action[:, 0] == 10 * i).all() and (reward == 100 * i).all()
+        assert (next_obs[:, 1] == i + 1).all() and (terminated == (i % 2 == 0)).all()
+    buffer.add([8, 8], [0], 0.0, [0, 0], False)
+    again.add([8, 8], [0], 0.0, [0, 0], False)
+    assert torch.equal(buffer.data, again.data)
+
+
+def test_replay_buffer_state_is_the_filled_part():
+    buffer = ReplayBuffer(2, 1, capacity=1_000_000, device="cpu")
+    buffer.add([0, 0], [0], 0.0, [0, 0], False)
+    assert buffer.state_dict()["data"].untyped_storage().nbytes() == 7 * 4
+
+
+def test_evaluation_is_the_same_every_time_and_deterministic():
+    env = gym.make("InvertedPendulum-v4")
+    actor = Actor(4, env.action_space)
+    first, second = evaluate(actor, env, 101, 3), evaluate(actor, env, 101, 3)
+    assert first == second and len(first) == 3 and len({r for r, _ in first}) > 1
+    assert evaluate(actor, env, 102, 3) != first
+    # One episode by hand.
+    obs, _ = env.reset(seed=101)
+    total, length, done = 0.0, 0, False
+    while not done:
+        action = actor(torch.tensor(obs).float()).detach().numpy()
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total, length, done = total + reward, length + 1, terminated or truncated
+    assert first[0] == (total, length)
+
+
+TOY = ["--critic", "mlp", "--total-timesteps", 23, "--learning-starts", 12, "--batch-size", 4]
+TOY += ["--eval-every", 10, "--eval-episodes", 1, "--checkpoint-every", 1]
+
+
+@pytest.mark.parametrize("env, terminates", [("Truncating", False), ("Terminating", True)])
+def test_termination_is_stored_and_truncation_is_not(run_main, tmp_path, env, terminates):
+    """What the script itself puts into its buffer, read from the checkpoint at step 20."""
+    finished = run_main(SCRIPT, "--env-id", f"toy_envs:{env}-v0", *TOY)
+    assert finished.code == 0, finished.err
+    (file,) = tmp_path.rglob("checkpoint.pt")
+    state = torch.load(file, weights_only=True)
+    assert state["global_step"] == 20 and state["buffer"]["added"] == 20
+    obs, action, reward, next_obs, terminated = state["buffer"]["data"].split((2, 2, 1, 2, 1), -1)
+    steps = torch.arange(20) % 5
+    episodes = torch.arange(20) // 5 + 1
+    assert (obs == torch.stack([episodes, steps], -1)).all()
+    # The real next observation, also at the end of an episode, and never that of the next reset.
+    assert (next_obs == torch.stack([episodes, steps + 1], -1)).all()
+    assert (terminated[:, 0] == (terminates & (steps == 4))).all()
+    torch.testing.assert_close(reward[:, 0], 1 + action[:, 0])
+    low, high = torch.tensor(ACTIONS.low), torch.tensor(ACTIONS.high)
+    assert (action >= low).all() and (action <= high).all()
+    with open(file.with_name("eval.csv")) as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(r["global_step"], r["length"]) for r in rows] == [("0", "5"), ("10", "5"), ("20", "5")]
+    assert all(math.isfinite(float(r["return"])) for r in rows)
