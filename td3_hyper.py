@@ -252,6 +252,13 @@ class ReplayBuffer:
         self.added = state["added"]
 
 
+@torch.inference_mode()
+def act(actor: Actor, obs: np.ndarray) -> np.ndarray:
+    """π(s) of one observation: (obs,) -> (action,)"""
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=actor.low.device)
+    return actor(obs).cpu().numpy()
+
+
 def evaluate(actor: Actor, env: gym.Env, seed: int, episodes: int) -> list[tuple[float, int]]:
     """(return, length) of each episode of the deterministic policy, from the same starts always."""
     results = []
@@ -260,12 +267,10 @@ def evaluate(actor: Actor, env: gym.Env, seed: int, episodes: int) -> list[tuple
         episode_return, length, done = 0.0, 0, False
         while not done:
             obs, reward, terminated, truncated, _ = env.step(act(actor, obs))
-            episode_return, length, done = (
-                episode_return + reward,
-                length + 1,
-                terminated or truncated,
-            )
-        results.append((float(episode_return), length))
+            episode_return += float(reward)
+            length += 1
+            done = terminated or truncated
+        results.append((episode_return, length))
     return results
 
 
@@ -275,13 +280,6 @@ def record_video(actor: Actor, args: Args, folder: Path, name: str) -> None:
     env = gym.wrappers.RecordVideo(env, str(folder), name_prefix=name)
     evaluate(actor, env, args.seed + 100, episodes=1)
     env.close()
-
-
-@torch.inference_mode()
-def act(actor: Actor, obs: np.ndarray) -> np.ndarray:
-    """π(s) of one observation: (obs,) -> (action,)"""
-    obs = torch.as_tensor(obs, dtype=torch.float32, device=actor.low.device)
-    return actor(obs).cpu().numpy()
 
 
 def critic_loss(agent: Agent, batch: tuple[Tensor, ...], noise: Tensor, args: Args) -> Tensor:
@@ -313,17 +311,24 @@ def actor_loss(agent: Agent, batch: tuple[Tensor, ...]) -> Tensor:
     return loss
 
 
-def update(agent, critic_optimizer, actor_optimizer, batch, noise, args, delayed) -> dict:
-    """One update of the critics and, if it is its turn, the delayed one of actor and targets."""
+def update(
+    agent: Agent,
+    optimizers: dict[str, torch.optim.Optimizer],
+    batch: tuple[Tensor, ...],
+    noise: Tensor,
+    args: Args,
+    delayed: bool,
+) -> dict[str, Tensor]:
+    """One step of the critics and, if `delayed`, of the actor and the targets; the losses."""
     losses = {"critic_loss": critic_loss(agent, batch, noise, args)}
-    critic_optimizer.zero_grad()
+    optimizers["critic_optimizer"].zero_grad()
     losses["critic_loss"].backward()
-    critic_optimizer.step()
+    optimizers["critic_optimizer"].step()
     if delayed:
         losses["actor_loss"] = actor_loss(agent, batch)
-        actor_optimizer.zero_grad()
+        optimizers["actor_optimizer"].zero_grad()
         losses["actor_loss"].backward()
-        actor_optimizer.step()
+        optimizers["actor_optimizer"].step()
         online = [*agent.actor.parameters(), *agent.critics.parameters()]
         targets = [*agent.target_actor.parameters(), *agent.target_critics.parameters()]
         torch._foreach_lerp_(targets, online, args.tau)  # θ' <- θ' + τ (θ - θ')
@@ -351,14 +356,9 @@ def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
     """
     run_dir = Path(args.runs_dir, args.exp_name, args.env_id, args.critic, f"seed{args.seed}")
     config_file, summary_file = run_dir / "config.json", run_dir / "summary.json"
-    config = {
-        "args": dataclasses.asdict(args),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "gymnasium", "mujoco", "numpy")
-        },
-        "git_commit": git_commit(),
-    }
+    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    config = {"args": dataclasses.asdict(args), "versions": versions, "git_commit": git_commit()}
     config = json.loads(json.dumps(config))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -379,12 +379,14 @@ def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
             stop(f"{config_file} is missing or damaged; --overwrite starts afresh")
         new = config["args"]
         differ = [name for name in new if name not in FREE_ARGS and old.get(name) != new[name]]
-        if "total_timesteps" in differ and old["total_timesteps"] < new["total_timesteps"]:
+        extended = old.get("total_timesteps", 0) < new["total_timesteps"]
+        if extended and "total_timesteps" in differ:
             differ.remove("total_timesteps")
-            summary_file.unlink(missing_ok=True)
         if differ:
             fields = ", ".join(f"{name} was {old.get(name)} and is {new[name]}" for name in differ)
             stop(f"{run_dir} holds a run with other arguments: {fields}; --overwrite starts afresh")
+        if extended:
+            summary_file.unlink(missing_ok=True)
         if summary_file.exists():
             print(f"{run_dir} is complete")
             sys.exit(0)
@@ -397,15 +399,8 @@ def track(run_dir: Path, args: Args) -> None:
     import wandb
 
     name = "-".join(run_dir.parts[-4:])
-    wandb.init(
-        project="hypernets",
-        id=name,
-        name=name,
-        resume="allow",
-        config=vars(args),
-        dir=run_dir,
-        sync_tensorboard=True,
-    )
+    options = dict(id=name, name=name, resume="allow", dir=run_dir, sync_tensorboard=True)
+    wandb.init(project="hypernets", config=vars(args), **options)
 
 
 def git_commit() -> str | None:
@@ -483,11 +478,14 @@ if __name__ == "__main__":
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     low, high = env.action_space.low, env.action_space.high
     agent = Agent(obs_dim, env.action_space, args).to(args.device)
-    critic_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.critic_lr, fused=True)
-    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.actor_lr, fused=True)
+    optimizers = {
+        "critic_optimizer": torch.optim.Adam(
+            agent.critics.parameters(), args.critic_lr, fused=True
+        ),
+        "actor_optimizer": torch.optim.Adam(agent.actor.parameters(), args.actor_lr, fused=True),
+    }
     buffer = ReplayBuffer(obs_dim, action_dim, args.buffer_size, args.device)
-    parts = {"agent": agent, "buffer": buffer}
-    parts |= {"critic_optimizer": critic_optimizer, "actor_optimizer": actor_optimizer}
+    parts = {"agent": agent, "buffer": buffer} | optimizers
     global_step, eval_csv = 0, "global_step,episode,return,length\n"
     if checkpoint:
         global_step, eval_csv = checkpoint["global_step"], checkpoint["eval_csv"]
@@ -553,7 +551,7 @@ if __name__ == "__main__":
             noise = rng.standard_normal((args.batch_size, action_dim), dtype=np.float32)
             noise = torch.from_numpy(noise).to(args.device)
             delayed = global_step % args.policy_frequency == 0
-            losses = update(agent, critic_optimizer, actor_optimizer, batch, noise, args, delayed)
+            losses = update(agent, optimizers, batch, noise, args, delayed)
             losses = {name: loss.item() for name, loss in losses.items()}  # the one host sync
             check_finite(global_step, **losses)
 

@@ -180,6 +180,7 @@ def test_other_arguments_are_refused_with_the_fields_that_differ(run_main):
     finished = run_main(SCRIPT, *small(200), "--gamma", 0.9, "--actor-lr", 1e-3)
     assert_refused(finished, "gamma was 0.99 and is 0.9", "actor_lr", "--overwrite")
     assert "critic" not in finished.err.split("other arguments:")[1]
+    assert_refused(run_main(SCRIPT, *small(300), "--gamma", 0.9), "gamma was 0.99 and is 0.9")
     assert files(RUN_DIR) == before
 
 

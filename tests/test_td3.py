@@ -42,11 +42,11 @@ def make_batch(size: int = 10) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     return (obs, action, torch.randn(size), next_obs, terminated), torch.randn(size, 2)
 
 
-def optimizers(agent: Agent, lr: float = 1e-3) -> tuple[torch.optim.Adam, torch.optim.Adam]:
-    return (
-        torch.optim.Adam(agent.critics.parameters(), lr=lr, fused=True),
-        torch.optim.Adam(agent.actor.parameters(), lr=lr, fused=True),
-    )
+def make_optimizers(agent: Agent, lr: float = 1e-3) -> dict[str, torch.optim.Adam]:
+    return {
+        "critic_optimizer": torch.optim.Adam(agent.critics.parameters(), lr, fused=True),
+        "actor_optimizer": torch.optim.Adam(agent.actor.parameters(), lr, fused=True),
+    }
 
 
 def graph_of(loss: torch.Tensor) -> tuple[set[int], int]:
@@ -128,7 +128,7 @@ def test_targets_move_by_tau_with_the_delayed_update_alone():
     agent, args = make_agent("sa-hyper", tau=0.1)
     batch, noise = make_batch()
     before = copy.deepcopy(agent)
-    losses = update(agent, *optimizers(agent), batch, noise, args, delayed=False)
+    losses = update(agent, make_optimizers(agent), batch, noise, args, delayed=False)
     assert set(losses) == {"critic_loss"}
     for part in ("actor", "target_actor", "target_critics"):
         for p, old in zip(getattr(agent, part).parameters(), getattr(before, part).parameters()):
@@ -136,7 +136,7 @@ def test_targets_move_by_tau_with_the_delayed_update_alone():
     assert not torch.equal(
         agent.critics[0].hyper.hidden.W.weight, before.critics[0].hyper.hidden.W.weight
     )
-    losses = update(agent, *optimizers(agent), batch, noise, args, delayed=True)
+    losses = update(agent, make_optimizers(agent), batch, noise, args, delayed=True)
     assert set(losses) == {"critic_loss", "actor_loss"}
     for target, online in (("target_actor", "actor"), ("target_critics", "critics")):
         triples = (getattr(agent, target), getattr(agent, online), getattr(before, target))
@@ -149,12 +149,12 @@ def test_targets_move_by_tau_with_the_delayed_update_alone():
 def test_updates_fit_the_critics_to_a_known_return(critic):
     """Every transition terminates with reward s_0 - a_1 / 5: Q must become that."""
     agent, args = make_agent(critic)
-    optimizer, actor_optimizer = optimizers(agent, lr=3e-3)
+    optimizers = make_optimizers(agent, lr=3e-3)
     (obs, action, _, next_obs, _), noise = make_batch(50)
     reward = obs[:, 0] - action[:, 1] / 5
     batch = (obs, action, reward, next_obs, torch.ones(50))
     losses = [
-        update(agent, optimizer, actor_optimizer, batch, noise, args, delayed=False)["critic_loss"]
+        update(agent, optimizers, batch, noise, args, delayed=False)["critic_loss"]
         for _ in range(80)
     ]
     assert losses[-1] < 0.2 * losses[0]
