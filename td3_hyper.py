@@ -218,6 +218,8 @@ class Agent(nn.Module):
         self.critics = nn.ModuleList(make_critic(args.critic, *dims, *hyper) for _ in range(2))
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.online = [*self.actor.parameters(), *self.critics.parameters()]  # θ
+        self.targets = [*self.target_actor.parameters(), *self.target_critics.parameters()]  # θ'
 
 
 class ReplayBuffer:
@@ -320,8 +322,9 @@ def update(
     delayed: bool,
 ) -> dict[str, Tensor]:
     """One step of the critics and, if `delayed`, of the actor and the targets; the losses."""
+    # set_to_none=False keeps the gradients' memory; 60 MB anew each update would fragment the heap
     losses = {"critic_loss": critic_loss(agent, batch, noise, args)}
-    optimizers["critic_optimizer"].zero_grad()
+    optimizers["critic_optimizer"].zero_grad(set_to_none=False)
     losses["critic_loss"].backward()
     optimizers["critic_optimizer"].step()
     if delayed:
@@ -329,9 +332,7 @@ def update(
         optimizers["actor_optimizer"].zero_grad()
         losses["actor_loss"].backward()
         optimizers["actor_optimizer"].step()
-        online = [*agent.actor.parameters(), *agent.critics.parameters()]
-        targets = [*agent.target_actor.parameters(), *agent.target_critics.parameters()]
-        torch._foreach_lerp_(targets, online, args.tau)  # θ' <- θ' + τ (θ - θ')
+        torch._foreach_lerp_(agent.targets, agent.online, args.tau)  # θ' <- θ' + τ (θ - θ')
     return losses
 
 
