@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -459,7 +460,17 @@ def write(file: Path, content: str | dict) -> None:
         os.replace(aside, file)
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
-        stop(f"cannot write {file}: {error}", code=1)
+        stop(f"cannot write {file}: {error.__context__ or error}", code=1)
+
+
+def thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own: where that fails, on a full disk, the run ends."""
+    print(
+        f"error: cannot write TensorBoard's events: {failure.exc_value}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
@@ -531,6 +542,7 @@ if __name__ == "__main__":
         print(f"resuming {run_dir} at step {global_step}", flush=True)
     if args.track:
         track(run_dir, args)
+    threading.excepthook = thread_failed
     writer = SummaryWriter(run_dir, purge_step=global_step)
     terminal = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", file=terminal)

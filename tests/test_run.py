@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -332,12 +333,28 @@ def test_a_full_disk_while_writing_a_checkpoint(tmp_path):
     )
     _, err = process.communicate()
     assert process.returncode == 1 and "Traceback" not in err
-    assert "error: cannot write" in err and "checkpoint" in err
+    assert "error: cannot write" in err and "checkpoint" in err and "File too large" in err
     assert (run_dir / "checkpoint.pt").read_bytes() == checkpoint
     assert not list(run_dir.glob("*.tmp"))
     process = start(SCRIPT, *small(650), cwd=tmp_path)  # disk space is back
     out, err = process.communicate()
     assert process.returncode == 0 and "resuming" in out, err
+
+
+def test_a_full_disk_under_tensorboard_is_one_line_too(run_main, monkeypatch, capfd):
+    ends = []
+    monkeypatch.setattr(td3_hyper.os, "_exit", ends.append)
+    monkeypatch.setattr(threading, "excepthook", td3_hyper.thread_failed)
+
+    def write_events():
+        raise OSError(28, "No space left on device")
+
+    thread = threading.Thread(target=write_events)
+    thread.start()
+    thread.join()
+    err = capfd.readouterr().err
+    assert ends == [1] and "No space left" in err and len(err.splitlines()) == 1
+    assert "threading.excepthook = thread_failed" in SCRIPT.read_text()
 
 
 def test_help_tells_of_every_option_what_it_does_its_default_and_its_source(run_main):
