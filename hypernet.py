@@ -9,7 +9,7 @@ a Q-function whose action gradient flows through the dynamic network alone (Sec.
 
     policy = HyperNetwork(meta_dim=1, base_dim=20, out_dim=6)
     weights = policy.generate(context)         # (T, 1): one set of weights a task, generated once
-    action = policy.apply(weights, obs)        # (T, N, 20) -> (T, N, 6)
+    action = policy.dynamic(weights, obs)      # (T, N, 20) -> (T, N, 6)
 """
 
 import torch
@@ -35,7 +35,7 @@ def make_primary(meta_dim: int, widths: tuple[int, ...] = (256, 512, 1024)) -> n
     """Primary network: meta variable (..., meta_dim) -> latent (..., widths[-1]).
 
     A linear layer and two residual blocks for each width; weights start uniform in
-    ±1 / (2 sqrt(fan_in)) (released).
+    ±1 / (2 sqrt(fan_in)) (released, TD3; the released SAC has ±1 / sqrt(2 fan_in)).
     """
     layers = []
     for fan_in, width in zip((meta_dim, *widths), widths):
@@ -121,7 +121,7 @@ class HyperNetwork(nn.Module):
         return [self.hidden(latent), self.output(latent)]
 
     @staticmethod
-    def apply(weights: Weights, base: Tensor) -> Tensor:
+    def dynamic(weights: Weights, base: Tensor) -> Tensor:
         """Eq. 1: `x = relu((1 + g) * (x W) + b)`, with no relu on the last layer.
 
         base (B, x) with weights of (B, m), or (T, N, x) with weights of (T, m) -> (..., out_dim)
@@ -135,7 +135,7 @@ class HyperNetwork(nn.Module):
         return x.squeeze(-2) if per_sample else x
 
     def forward(self, meta: Tensor, base: Tensor) -> Tensor:
-        return self.apply(self.generate(meta), base)
+        return self.dynamic(self.generate(meta), base)
 
 
 class ConcatCritic(nn.Module):
@@ -150,7 +150,7 @@ class ConcatCritic(nn.Module):
 
 
 class D2RL(nn.Module):
-    """Q-D2RL: four layers of 256, the input concatenated to that of every layer (Sec. 5.2)."""
+    """Q-D2RL: four layers of 256, the input concatenated to that of every layer (released)."""
 
     def __init__(self, input_dim: int):
         super().__init__()
@@ -166,7 +166,11 @@ class D2RL(nn.Module):
 
 
 class ResNetFeaturesCritic(nn.Module):
-    """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1 (footnote 4)."""
+    """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1.
+
+    Sec. 5.2 calls what follows the features MLP-Standard, footnote 4 a single hidden layer of 256
+    neurons; the paper's explanation of the result rests on the footnote, so that is what is here.
+    """
 
     def __init__(self, obs_dim: int, action_dim: int, primary_widths: tuple[int, ...]):
         super().__init__()

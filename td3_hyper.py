@@ -22,10 +22,11 @@ import signal
 import subprocess
 import sys
 import threading
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal, NoReturn
+from zipfile import BadZipFile, ZipFile
 
 import filelock
 import gymnasium as gym
@@ -48,7 +49,8 @@ class Args:
     """Gymnasium environment with a flat Box of observations and a bounded Box of actions
     (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
     env_kwargs: str = "{}"
-    """keyword arguments of the environment as JSON (paper, Ant: '{"ctrl_cost_weight": 0.005}')"""
+    """keyword arguments of the environment as JSON; for Ant, whose control cost the paper reduces
+    as PEARL does: '{"ctrl_cost_weight": 0.005}'"""
     seed: int = 1
     """seed of network weights, environment, exploration and batches (paper: 5 seeds)"""
     total_timesteps: int = 1_000_000
@@ -66,7 +68,7 @@ class Args:
     checkpoint_every: int = 10_000
     """environment steps between two checkpoints, each taken at the next end of an episode"""
     save_every: int = 0
-    """environment steps between two step_N.pt, the networks alone, for analysis; 0 saves none"""
+    """environment steps between two step_N.pt, the networks alone; 0 saves the last one only"""
     capture_video: bool = False
     """write the first episode of each evaluation to videos/ in the run directory"""
     track: bool = False
@@ -157,6 +159,156 @@ def parse_args() -> Args:
     return args
 
 
+def fast_matmul() -> None:
+    """Send float32 matrix products on the CPU to oneDNN: twice MKL's speed on AMD (README, Speed).
+
+    The setting allows oneDNN to round to bfloat16, which it does where the processor has AMX; there
+    it is taken back.
+    """
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    a = torch.linspace(-1, 1, 256 * 256).view(256, 256)
+    if ((a @ a).double() - a.double() @ a.double()).abs().max() > 1e-3:
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+
+
+# Arguments that cannot change the result: a run may be resumed with others.
+FREE_ARGS = ("runs_dir", "checkpoint_every", "save_every", "capture_video", "track", "overwrite")
+
+
+def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
+    """Lock the run directory for this process and write its config.json.
+
+    Ends here if the run is complete, belongs to other arguments, or is alive in another process.
+    """
+    run_dir = Path(args.runs_dir, args.exp_name, args.env_id, args.critic, f"seed{args.seed}")
+    config_file, summary_file = run_dir / "config.json", run_dir / "summary.json"
+    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    config = {"args": dataclasses.asdict(args), "versions": versions, "git_commit": git_commit()}
+    config = json.loads(json.dumps(config))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_dir / ".lock", blocking=False)
+        lock.acquire()
+    except filelock.Timeout:
+        stop(f"another process is training in {run_dir}")
+    except OSError as error:
+        stop(f"--runs-dir {args.runs_dir}: cannot write there: {error}")
+    if args.overwrite:
+        order = {"summary.json": -1, "config.json": 1}  # so that no crash leaves a false trace
+        for file in sorted(run_dir.iterdir(), key=lambda file: order.get(file.name, 0)):
+            if file.name != ".lock":
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+    elif config_file.exists() or list(run_dir.glob("checkpoint*.pt")):
+        try:
+            old_config = json.loads(config_file.read_text())
+            old, old_versions = old_config["args"], old_config["versions"]
+        except (OSError, ValueError, KeyError, TypeError):
+            stop(f"{config_file} is missing or damaged; --overwrite starts afresh")
+        new = config["args"]
+        differ = [name for name in new if name not in FREE_ARGS and old.get(name) != new[name]]
+        extended = old.get("total_timesteps", 0) < new["total_timesteps"]
+        if extended and "total_timesteps" in differ:
+            differ.remove("total_timesteps")
+        if differ:
+            fields = ", ".join(f"{name} was {old.get(name)} and is {new[name]}" for name in differ)
+            stop(f"{run_dir} holds a run with other arguments: {fields}; --overwrite starts afresh")
+        if extended:
+            summary_file.unlink(missing_ok=True)
+        if summary_file.exists():
+            print(f"{run_dir} is complete")
+            sys.exit(0)
+        if versions != old_versions:
+            print(f"warning: {run_dir} began with {old_versions}: not bit for bit", file=sys.stderr)
+    write(config_file, json.dumps(config, indent=2) + "\n")
+    return run_dir, lock
+
+
+def track(run_dir: Path, args: Args) -> None:
+    """Send what TensorBoard gets to Weights & Biases; a resumed run goes on there."""
+    import wandb
+
+    name = "-".join(run_dir.parts[-4:])
+    options = dict(id=name, name=name, resume="allow", dir=run_dir, sync_tensorboard=True)
+    wandb.init(project="hypernets", config=vars(args), **options)
+
+
+def git_commit() -> str | None:
+    """The commit of this file's checkout, or None."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def write(file: Path, content: str | dict) -> None:
+    """Replace a file (text or `torch.save`): a crash or a full disk leaves the old one whole."""
+    aside = file.with_name(file.name + ".tmp")
+    try:
+        with open(aside, "wb") as stream:
+            if isinstance(content, str):
+                stream.write(content.encode())
+            else:
+                torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        stop(f"cannot write {file}: {error.__context__ or error}", code=1)
+
+
+def thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own; on a full disk the run ends there too."""
+    if not isinstance(failure.exc_value, OSError):
+        return threading.__excepthook__(failure)
+    print(
+        f"error: cannot write TensorBoard's events: {failure.exc_value}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def save_checkpoint(run_dir: Path, state: dict) -> None:
+    """Write checkpoint.pt and keep the one before; at every moment one of the two is whole."""
+    newest, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
+    write(run_dir / "checkpoint.new.pt", state)
+    if newest.exists():
+        os.replace(newest, previous)
+    os.replace(run_dir / "checkpoint.new.pt", newest)
+
+
+# What reading a damaged file raises.
+LOAD_ERRORS = (OSError, EOFError, KeyError, RuntimeError, BadZipFile, UnpicklingError)
+
+
+def load_checkpoint(run_dir: Path) -> dict | None:
+    """The newest whole checkpoint, None if there is none at all."""
+    newest, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
+    files = [file for file in (newest, previous) if file.exists()]
+    for file in files:
+        try:
+            if ZipFile(file).testzip():
+                raise BadZipFile("wrong checksum")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except LOAD_ERRORS as error:
+            print(f"warning: {file} is damaged ({error})", file=sys.stderr)
+            continue
+        if file == previous:
+            os.replace(previous, newest)
+        return state
+    if files:
+        stop(f"no whole checkpoint in {run_dir}, nothing was changed; --overwrite starts afresh")
+    return None
+
+
+def check_finite(global_step: int, **quantities) -> None:
+    """Stop the run, exit code 1, if a reward, an observation or a loss is not finite."""
+    for name, value in quantities.items():
+        if not np.isfinite(value).all():
+            stop(f"{name} is not finite at step {global_step}", code=1)
+
+
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """The environment of `--env-id`; ends here if there is none or the agent cannot act in it."""
     gym.logger.min_level = gym.logger.ERROR  # v4 is not the newest version, and meant
@@ -199,7 +351,8 @@ class Actor(nn.Module):
             nn.Linear(256, action_space.shape[0]),
             nn.Tanh(),
         )
-        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        low = torch.as_tensor(action_space.low, dtype=torch.float32)
+        high = torch.as_tensor(action_space.high, dtype=torch.float32)
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         self.register_buffer("half_width", (high - low) / 2)
@@ -323,9 +476,8 @@ def update(
     delayed: bool,
 ) -> dict[str, Tensor]:
     """One step of the critics and, if `delayed`, of the actor and the targets; the losses."""
-    # set_to_none=False keeps the gradients' memory; 60 MB anew each update would fragment the heap
     losses = {"critic_loss": critic_loss(agent, batch, noise, args)}
-    optimizers["critic_optimizer"].zero_grad(set_to_none=False)
+    optimizers["critic_optimizer"].zero_grad()
     losses["critic_loss"].backward()
     optimizers["critic_optimizer"].step()
     if delayed:
@@ -333,146 +485,9 @@ def update(
         optimizers["actor_optimizer"].zero_grad()
         losses["actor_loss"].backward()
         optimizers["actor_optimizer"].step()
-        torch._foreach_lerp_(agent.targets, agent.online, args.tau)  # θ' <- θ' + τ (θ - θ')
+        with torch.no_grad():
+            torch._foreach_lerp_(agent.targets, agent.online, args.tau)  # θ' <- θ' + τ (θ - θ')
     return losses
-
-
-def fast_matmul() -> None:
-    """On x86 without AMX, send float32 matrix products to oneDNN: twice MKL's speed on AMD.
-
-    The error stays the same, 4e-7 (README, Speed); with AMX they would be rounded to bfloat16.
-    """
-    cpu = torch.cpu.get_capabilities()
-    if cpu.get("architecture") == "x86_64" and not cpu.get("amx_bf16"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-
-
-# Arguments that cannot change the result: a run may be resumed with others.
-FREE_ARGS = ("runs_dir", "checkpoint_every", "save_every", "capture_video", "track", "overwrite")
-
-
-def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
-    """Lock the run directory for this process and write its config.json.
-
-    Ends here if the run is complete, belongs to other arguments, or is alive in another process.
-    """
-    run_dir = Path(args.runs_dir, args.exp_name, args.env_id, args.critic, f"seed{args.seed}")
-    config_file, summary_file = run_dir / "config.json", run_dir / "summary.json"
-    packages = ("torch", "gymnasium", "mujoco", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    config = {"args": dataclasses.asdict(args), "versions": versions, "git_commit": git_commit()}
-    config = json.loads(json.dumps(config))
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(run_dir / ".lock", blocking=False)
-        lock.acquire()
-    except filelock.Timeout:
-        stop(f"another process is training in {run_dir}")
-    except OSError as error:
-        stop(f"--runs-dir {args.runs_dir}: cannot write there: {error}")
-    if args.overwrite:
-        for file in sorted(run_dir.iterdir()):  # the checkpoints come first
-            if file.name != ".lock":
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-    elif config_file.exists() or list(run_dir.glob("checkpoint*.pt")):
-        try:
-            old = json.loads(config_file.read_text())["args"]
-        except (OSError, ValueError, KeyError):
-            stop(f"{config_file} is missing or damaged; --overwrite starts afresh")
-        new = config["args"]
-        differ = [name for name in new if name not in FREE_ARGS and old.get(name) != new[name]]
-        extended = old.get("total_timesteps", 0) < new["total_timesteps"]
-        if extended and "total_timesteps" in differ:
-            differ.remove("total_timesteps")
-        if differ:
-            fields = ", ".join(f"{name} was {old.get(name)} and is {new[name]}" for name in differ)
-            stop(f"{run_dir} holds a run with other arguments: {fields}; --overwrite starts afresh")
-        if extended:
-            summary_file.unlink(missing_ok=True)
-        if summary_file.exists():
-            print(f"{run_dir} is complete")
-            sys.exit(0)
-    write(config_file, json.dumps(config, indent=2) + "\n")
-    return run_dir, lock
-
-
-def track(run_dir: Path, args: Args) -> None:
-    """Send what TensorBoard gets to Weights & Biases; a resumed run goes on there."""
-    import wandb
-
-    name = "-".join(run_dir.parts[-4:])
-    options = dict(id=name, name=name, resume="allow", dir=run_dir, sync_tensorboard=True)
-    wandb.init(project="hypernets", config=vars(args), **options)
-
-
-def git_commit() -> str | None:
-    """The commit of this file's checkout, or None."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def write(file: Path, content: str | dict) -> None:
-    """Replace a file (text or `torch.save`): a crash or a full disk leaves the old one whole."""
-    aside = file.with_name(file.name + ".tmp")
-    try:
-        with open(aside, "wb") as stream:
-            if isinstance(content, str):
-                stream.write(content.encode())
-            else:
-                torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
-    except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        stop(f"cannot write {file}: {error.__context__ or error}", code=1)
-
-
-def thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread of its own: where that fails, on a full disk, the run ends."""
-    print(
-        f"error: cannot write TensorBoard's events: {failure.exc_value}",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)
-
-
-def save_checkpoint(run_dir: Path, state: dict) -> None:
-    """Write checkpoint.pt and keep the one before; at every moment one of the two is whole."""
-    newest, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
-    write(run_dir / "checkpoint.new.pt", state)
-    if newest.exists():
-        os.replace(newest, previous)
-    os.replace(run_dir / "checkpoint.new.pt", newest)
-
-
-def load_checkpoint(run_dir: Path, device: str) -> dict | None:
-    """The newest whole checkpoint, None if there is none at all."""
-    newest, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
-    files = [file for file in (newest, previous) if file.exists()]
-    for file in files:
-        try:
-            if zipfile.ZipFile(file).testzip():
-                raise zipfile.BadZipFile("wrong checksum")
-            state = torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:
-            print(f"warning: {file} is damaged ({error})", file=sys.stderr)
-            continue
-        if file == previous:
-            os.replace(previous, newest)
-        return state
-    if files:
-        stop(f"no whole checkpoint in {run_dir}, nothing was changed; --overwrite starts afresh")
-    return None
-
-
-def check_finite(global_step: int, **quantities) -> None:
-    """Stop the run, exit code 1, if a reward, an observation or a loss is not finite."""
-    for name, value in quantities.items():
-        if not np.isfinite(value).all():
-            stop(f"{name} is not finite at step {global_step}", code=1)
 
 
 if __name__ == "__main__":
@@ -482,7 +497,7 @@ if __name__ == "__main__":
     if args.capture_video:
         make_env(args, render_mode="rgb_array").close()  # or say now what is missing
     run_dir, lock = claim_run(args)
-    checkpoint = load_checkpoint(run_dir, args.device)
+    checkpoint = load_checkpoint(run_dir)
     fast_matmul()
 
     torch.manual_seed(args.seed)  # initial weights
@@ -504,11 +519,13 @@ if __name__ == "__main__":
         rng.bit_generator.state = checkpoint["rng"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
+        write(run_dir / "eval.csv", eval_csv)
         print(f"resuming {run_dir} at step {global_step}", flush=True)
     if args.track:
         track(run_dir, args)
     threading.excepthook = thread_failed
-    writer = SummaryWriter(run_dir, purge_step=global_step)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else 0)
+    del checkpoint  # a replay buffer's memory
     terminal = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", file=terminal)
     checkpoint_step, done = global_step, True
@@ -517,9 +534,12 @@ if __name__ == "__main__":
         if done:  # between two episodes: no simulator state to keep
             due = checkpoint_step + args.checkpoint_every
             if global_step >= due or global_step == args.total_timesteps:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"global_step": global_step, "eval_csv": eval_csv}
-                save_checkpoint(run_dir, state | {"rng": rng.bit_generator.state})
+                writer.flush()
+                counters = {"global_step": global_step, "eval_csv": eval_csv}
+                counters |= {"rng": rng.bit_generator.state}
+                states = {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(run_dir, states | counters)
+                del states
                 checkpoint_step = global_step
             obs, _ = env.reset(seed=int(rng.integers(2**31)))
             episode_return, episode_length = 0.0, 0
@@ -565,7 +585,8 @@ if __name__ == "__main__":
             noise = torch.from_numpy(noise).to(args.device)
             delayed = global_step % args.policy_frequency == 0
             losses = update(agent, optimizers, batch, noise, args, delayed)
-            losses = {name: loss.item() for name, loss in losses.items()}  # the one host sync
+            values = torch.stack([*losses.values()]).tolist()  # one host sync
+            losses = dict(zip(losses, values))
             check_finite(global_step, **losses)
 
         bar.update()
@@ -577,7 +598,8 @@ if __name__ == "__main__":
 
     write(run_dir / f"step_{global_step}.pt", agent.state_dict())
     writer.close()
-    last = [float(row.split(",")[2]) for row in eval_csv.splitlines()[-args.eval_episodes :]]
-    summary = {"global_step": global_step, "eval_return": np.mean(last)}
+    last = [row.split(",") for row in eval_csv.splitlines()[-args.eval_episodes :]]
+    summary = {"global_step": global_step, "eval_step": int(last[0][0])}
+    summary["eval_return"] = np.mean([float(row[2]) for row in last])
     write(run_dir / "summary.json", json.dumps(summary) + "\n")  # last: the run is complete
     lock.release()

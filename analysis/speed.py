@@ -1,10 +1,10 @@
 """Speed of the updates, as ratios measured side by side in one run.
 
-    python analysis/speed.py             # a table for each algorithm, about 10 minutes on 2 cores
+    python analysis/speed.py             # a table for TD3 and one for SAC, 10 minutes on 2 cores
     python analysis/speed.py --loop      # environment steps a second against CleanRL's structure
 
 Every row interleaves three things and takes medians:
-- the update of the script (for TD3 the mean of one with and one without the delayed part);
+- the update of the script (two in a row; of TD3's two, one has the delayed part);
 - the same update written plainly: default Adam, a loop over parameters for the targets, the
   critic frozen after the forward pass (as published), default matmul precision;
 - the floor: the matrix products of the script's update alone, replayed into memory that is
@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import sac_hyper  # noqa: E402
 import td3_hyper  # noqa: E402
 from hypernet import CRITICS  # noqa: E402
 
@@ -106,39 +107,72 @@ def plain_td3_update(agent, optimizers, batch, noise, args, delayed):
                 t.data.copy_(args.tau * p.data + (1 - args.tau) * t.data)
 
 
-def td3_row(critic: str, batch_size: int, env: gym.Env, rounds: int) -> dict:
-    """Median seconds of one update: script, plain, floor."""
-    args = td3_hyper.Args(critic=critic, batch_size=batch_size)
+def plain_sac_update(agent, optimizers, batch, noise, args):
+    """SAC's update as it is usually written."""
+    obs, action, reward, next_obs, terminated = batch
+    alpha = agent.log_alpha.exp().detach()
+    with torch.no_grad():
+        next_action, log_prob = agent.actor.sample(next_obs, noise[0])
+        q1, q2 = (critic(next_obs, next_action) for critic in agent.target_critics)
+        next_value = torch.min(q1, q2) - alpha * log_prob
+        target = reward + (1 - terminated) * args.gamma * next_value
+    critic_loss = sum(F.mse_loss(critic(obs, action), target) for critic in agent.critics)
+    optimizers["critic_optimizer"].zero_grad()
+    critic_loss.backward()
+    optimizers["critic_optimizer"].step()
+    new_action, log_prob = agent.actor.sample(obs, noise[1])
+    q1, q2 = (critic(obs, new_action) for critic in agent.critics)
+    actor_loss = (alpha * log_prob - torch.min(q1, q2)).mean()
+    optimizers["actor_optimizer"].zero_grad()
+    for parameter in agent.critics.parameters():
+        parameter.requires_grad = False
+    actor_loss.backward()
+    for parameter in agent.critics.parameters():
+        parameter.requires_grad = True
+    optimizers["actor_optimizer"].step()
+    alpha_loss = -(agent.log_alpha.exp() * (log_prob.detach() - action.shape[1])).mean()
+    optimizers["alpha_optimizer"].zero_grad()
+    alpha_loss.backward()
+    optimizers["alpha_optimizer"].step()
+    for p, t in zip(agent.critics.parameters(), agent.target_critics.parameters()):
+        t.data.copy_(args.tau * p.data + (1 - args.tau) * t.data)
+
+
+def seconds_an_update(script, plain_update, critic: str, batch_size: int, env, rounds: int) -> dict:
+    """Median seconds of one update of a script (td3_hyper, sac_hyper): script, plain, floor."""
+    args = script.Args(critic=critic, batch_size=batch_size)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     rng = np.random.default_rng(0)
-    buffer = td3_hyper.ReplayBuffer(obs_dim, action_dim, 10_000, "cpu")
+    buffer = script.ReplayBuffer(obs_dim, action_dim, 10_000, "cpu")
     buffer.data.normal_()
     buffer.added = 10_000
 
     def prepare(update, **adam):
         torch.manual_seed(0)
-        agent = td3_hyper.Agent(obs_dim, env.action_space, args)
+        agent = script.Agent(obs_dim, env.action_space, args)
         optimizers = {
             "critic_optimizer": torch.optim.Adam(agent.critics.parameters(), lr=5e-5, **adam),
             "actor_optimizer": torch.optim.Adam(agent.actor.parameters(), lr=3e-4, **adam),
         }
+        if script is sac_hyper:
+            optimizers["alpha_optimizer"] = torch.optim.Adam([agent.log_alpha], lr=3e-4, **adam)
 
         def two_updates():
             for delayed in (False, True):
                 batch = buffer.sample(batch_size, rng)
-                noise = torch.from_numpy(
-                    rng.standard_normal((batch_size, action_dim), dtype=np.float32)
-                )
-                update(agent, optimizers, batch, noise, args, delayed)
+                shape = (2, batch_size, action_dim) if script is sac_hyper else batch[1].shape
+                noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+                extra = () if script is sac_hyper else (delayed,)
+                update(agent, optimizers, batch, noise, args, *extra)
 
         return two_updates, optimizers["critic_optimizer"]
 
-    script, optimizer = prepare(td3_hyper.update, fused=True)
-    plain, _ = prepare(plain_td3_update)
-    script()
+    own, optimizer = prepare(script.update, fused=True)
+    plain, _ = prepare(plain_update)
+    script.fast_matmul()
+    own()
     with Products() as products:
-        script()
-    td3_hyper.fast_matmul()
+        own()
 
     def floor():
         products.replay()
@@ -147,13 +181,30 @@ def td3_row(critic: str, batch_size: int, env: gym.Env, rounds: int) -> dict:
 
     times = {"script": [], "plain": [], "floor": []}
     for i in range(rounds + 2):
-        for name, function in (("script", script), ("plain", plain), ("floor", floor)):
-            default_precision() if name == "plain" else td3_hyper.fast_matmul()
+        for name, function in (("script", own), ("plain", plain), ("floor", floor)):
+            default_precision() if name == "plain" else script.fast_matmul()
             start = time.perf_counter()
             function()
             if i >= 2:  # after warm-up
                 times[name].append((time.perf_counter() - start) / 2)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def update_table(title: str, script, plain_update, args: Args) -> None:
+    env = gym.make(args.env_id)
+    print(f"\n{title}, sizes of {args.env_id}, {torch.get_num_threads()} threads, PyTorch", end=" ")
+    print(f"{torch.__version__}\n")
+    print(
+        "| critic | batch | updates a second | ms an update | times the plain one | of the floor |"
+    )
+    print("|---|---|---|---|---|---|", flush=True)
+    for critic in args.critics:
+        for batch_size in args.batch_sizes:
+            seconds = seconds_an_update(script, plain_update, critic, batch_size, env, args.rounds)
+            own, plain, floor = (seconds[name] for name in ("script", "plain", "floor"))
+            row = (critic, batch_size, f"{1 / own:.1f}", f"{own * 1e3:.1f}")
+            row += (f"{plain / own:.2f}", f"{own / floor:.2f}")
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 def cleanrl_loop(total_timesteps: int, env_id: str) -> None:
@@ -235,20 +286,8 @@ def main(args: Args) -> None:
     if args.loop:
         loop_table(rounds=min(args.rounds, 5))
         return
-    env = gym.make(args.env_id)
-    print(f"TD3, sizes of {args.env_id}, {torch.get_num_threads()} threads, PyTorch", end=" ")
-    print(f"{torch.__version__}\n")
-    print(
-        "| critic | batch | updates a second | ms an update | times the plain one | of the floor |"
-    )
-    print("|---|---|---|---|---|---|", flush=True)
-    for critic in args.critics:
-        for batch_size in args.batch_sizes:
-            seconds = td3_row(critic, batch_size, env, args.rounds)
-            script, plain, floor = (seconds[name] for name in ("script", "plain", "floor"))
-            row = (critic, batch_size, f"{1 / script:.1f}", f"{script * 1e3:.1f}")
-            row += (f"{plain / script:.2f}", f"{script / floor:.2f}")
-            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    update_table("TD3", td3_hyper, plain_td3_update, args)
+    update_table("SAC", sac_hyper, plain_sac_update, args)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_weights_generated_once_a_task_act_like_weights_generated_for_every_samp
     meta, base = torch.randn(5, 4).double(), torch.randn(5, 6, 3).double()  # T tasks, N samples
     weights = net.generate(meta)
     assert weights[0][0].shape == (5, 3, 7) and weights[1][0].shape == (5, 7, 2)
-    per_task = net.apply(weights, base)
+    per_task = net.dynamic(weights, base)
     assert per_task.shape == (5, 6, 2)
     torch.testing.assert_close(per_task, net(meta, base))
     per_sample = net(meta.repeat_interleave(6, 0), base.flatten(0, 1))

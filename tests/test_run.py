@@ -140,7 +140,7 @@ def test_run_directory_holds_what_the_readme_says(run_main):
     ]
     summary = json.loads((RUN_DIR / "summary.json").read_text())
     returns = [float(row.split(",")[2]) for row in rows[-2:]]
-    assert summary == {"global_step": 400, "eval_return": sum(returns) / 2}
+    assert summary == {"global_step": 400, "eval_step": 400, "eval_return": sum(returns) / 2}
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -240,6 +240,37 @@ def test_two_damaged_checkpoints_are_an_error_and_nothing_is_overwritten(run_mai
     assert "Traceback" not in finished.err
     after = files(RUN_DIR)
     assert {f: c for f, (_, c) in after.items()} == {f: c for f, (_, c) in before.items()}
+
+
+def test_other_package_versions_are_said(run_main):
+    assert run_main(SCRIPT, *small(200)).code == 0
+    config = (RUN_DIR / "config.json").read_text()
+    (RUN_DIR / "config.json").write_text(config.replace(torch.__version__, "1.0.0"))
+    finished = run_main(SCRIPT, *small(300))
+    assert finished.code == 0 and "'torch': '1.0.0'" in finished.err
+
+
+def test_no_crash_of_an_overwrite_leaves_a_run_that_looks_complete(run_main, monkeypatch):
+    assert run_main(SCRIPT, *small(200)).code == 0
+    removed = []
+
+    def unlink(file, **_):
+        removed.append(file.name)
+        raise SystemExit(9)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert run_main(SCRIPT, *small(200), "--overwrite").code == 9
+    assert removed == ["summary.json"]
+    order = re.search(r"order = (\{.*?\})", SCRIPT.read_text())[1]
+    assert eval(order) == {"summary.json": -1, "config.json": 1}
+
+
+def test_eval_csv_is_cut_back_to_the_checkpoint(run_main):
+    assert run_main(SCRIPT, *small(400)).code == 0
+    with open(RUN_DIR / "eval.csv", "a") as stream:
+        stream.write("99999,0,1,1\n")
+    assert run_main(SCRIPT, *small(500)).code == 0
+    assert "99999" not in (RUN_DIR / "eval.csv").read_text()
 
 
 def test_a_damaged_config_is_an_error(run_main):

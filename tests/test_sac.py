@@ -169,19 +169,30 @@ def test_losses_equal_their_equations_sample_by_sample(critic):
     loss, log_prob = actor_loss(agent, batch, noise[1])
     assert loss.item() == pytest.approx(expected_actor, rel=1e-4)
     np.testing.assert_allclose(log_prob.numpy(), log_probs, rtol=1e-4, atol=1e-5)
-    expected_alpha = -alpha * (np.mean(log_probs) - 2)
+    expected_alpha = -alpha * (np.mean(log_probs) + math.log(2) + math.log(5) - 2)
     assert alpha_loss(agent, log_prob).item() == pytest.approx(expected_alpha, rel=1e-4)
 
 
 def test_temperature_rises_while_the_entropy_is_below_its_target():
     agent, _ = make_agent("mlp")
-    for log_prob, sign in ((5.0, 1), (-5.0, -1)):  # entropy -5 and 5, target -2
+    for log_prob, sign in ((5.0, 1), (-5.0, -1)):  # entropy -5 and 5, target log(2 * 5) - 2
         before = agent.log_alpha.item()
         optimizer = torch.optim.SGD([agent.log_alpha], lr=0.1)
         optimizer.zero_grad()
         alpha_loss(agent, torch.full((10,), log_prob)).backward()
         optimizer.step()
         assert (agent.log_alpha.item() - before) * sign > 0
+
+
+def test_temperature_does_not_depend_on_the_scale_of_the_actions():
+    losses = []
+    for scale in (1.0, 0.1, 100.0):
+        space = gym.spaces.Box(-np.float32([scale, scale]), np.float32([scale, scale]))
+        torch.manual_seed(0)
+        agent = Agent(3, space, Args(critic="mlp"))
+        _, log_prob = agent.actor.sample(*make_batch()[0][:1], make_batch()[1][0])
+        losses.append(alpha_loss(agent, log_prob).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) == pytest.approx(losses[2], rel=1e-4)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.0])
@@ -205,6 +216,7 @@ def test_one_update_moves_everything_and_targets_by_tau():
         torch.testing.assert_close(new, 0.9 * old + 0.1 * p)
     assert not torch.equal(agent.actor.net[0].weight, before.actor.net[0].weight)
     assert agent.log_alpha != before.log_alpha
+    assert not any(p.requires_grad or p.grad_fn for p in agent.targets)  # or memory would grow
 
 
 RUN_DIR = Path("runs/sac_hyper/InvertedPendulum-v4/sa-hyper/seed1")

@@ -70,4 +70,4 @@ def test_the_arguments_that_both_have_read_the_same():
 
     td3, sac = fields("td3_hyper.py"), fields("sac_hyper.py")
     differ = {name for name in td3.keys() & sac.keys() if td3[name] != sac[name]}
-    assert differ == {"exp_name", "batch_size", "tau"}
+    assert differ == {"exp_name", "batch_size", "tau", "learning_starts"}

@@ -143,6 +143,7 @@ def test_targets_move_by_tau_with_the_delayed_update_alone():
         for new, p, old in zip(*(module.parameters() for module in triples)):
             torch.testing.assert_close(new, 0.9 * old + 0.1 * p)
     assert not torch.equal(agent.actor.net[0].weight, before.actor.net[0].weight)
+    assert not any(p.requires_grad or p.grad_fn for p in agent.targets)  # or memory would grow
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -169,6 +170,11 @@ def test_actor_stays_within_bounds_that_are_not_symmetric():
     low, high = torch.tensor(ACTIONS.low), torch.tensor(ACTIONS.high)
     assert (action >= low).all() and (action <= high).all()
     assert torch.allclose(action.amin(0), low) and torch.allclose(action.amax(0), high)
+
+
+def test_a_float64_action_space_gives_a_float32_policy():
+    space = gym.spaces.Box(np.zeros(2), np.ones(2), dtype=np.float64)
+    assert Actor(3, space)(torch.randn(4, 3)).dtype == torch.float32
 
 
 def test_replay_buffer_keeps_the_newest_and_survives_its_state_dict():
