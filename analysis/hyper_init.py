@@ -69,9 +69,13 @@ def main(args: Args) -> None:
     rows = []
     for init in INITS:
         for file in sorted(Path(args.runs_dir, f"init_{init}").glob("*/sa-hyper/seed*/eval.csv")):
+            if not (file.parent / "summary.json").exists():
+                sys.exit(f"{file.parent} is not complete: run its command again first")
             env_id, seed = file.parts[-4], int(file.parts[-2].removeprefix("seed"))
             returns = pd.read_csv(file).groupby("global_step")["return"].mean()
             rows += [(env_id, init, seed, step, value) for step, value in returns.items()]
+    if not rows:
+        sys.exit(f"no runs in {args.runs_dir}: see --help for the commands")
     table = pd.DataFrame(rows, columns=["env_id", "init", "seed", "global_step", "return"])
     Path(args.out).mkdir(exist_ok=True)
     table.round(2).to_csv(Path(args.out, "hyper_init.csv"), index=False)
@@ -84,7 +88,8 @@ def main(args: Args) -> None:
                 axis.plot(run.global_step, run["return"], color=colour, alpha=0.3, linewidth=1)
             mean = runs.groupby("global_step")["return"].mean()
             axis.plot(mean.index, mean, color=colour, linewidth=2.5, label=init)
-        axis.set(title=env_id, xlabel="environment steps", ylabel="evaluation return")
+        title = f"{env_id}, primary {'-'.join(map(str, WIDTHS[env_id]))}"
+        axis.set(title=title, xlabel="environment steps", ylabel="return, mean of 10 episodes")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(title="--hyper-init", frameon=False)
     figure.savefig(Path(args.out, "hyper_init.png"), dpi=110)

@@ -2,6 +2,7 @@
 
     python analysis/speed.py             # a table for TD3 and one for SAC, 10 minutes on 2 cores
     python analysis/speed.py --loop      # environment steps a second against CleanRL's structure
+    python analysis/speed.py --memory    # peak memory of a full-size run with a full replay buffer
 
 Every row interleaves three things and takes medians:
 - the update of the script (two in a row; of TD3's two, one has the delayed part);
@@ -11,8 +12,10 @@ Every row interleaves three things and takes medians:
   already there, and one pass over parameters, gradients and Adam's moments.
 """
 
+import resource
 import runpy
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,7 +50,9 @@ class Args:
     env_id: str = "Hopper-v4"
     """environment that gives the sizes of observation and action"""
     loop: bool = False
-    """measure environment steps a second of the whole loop instead, mlp on HalfCheetah-v4"""
+    """measure environment steps a second of the whole loop instead: mlp on HalfCheetah-v4"""
+    memory: bool = False
+    """measure peak memory instead: 1 million steps of Hopper-v4, nearly all of them random"""
 
 
 def default_precision():
@@ -254,7 +259,8 @@ def cleanrl_loop(total_timesteps: int, env_id: str) -> None:
 
 
 def script_loop(total_timesteps: int, env_id: str) -> None:
-    """The real script, from its first line to its last."""
+    """The real script, from its first line to its last, one evaluation episode and files included,
+    which the other has not."""
     with tempfile.TemporaryDirectory() as runs_dir:
         sys.argv = ["td3_hyper.py", "--critic", "mlp", "--env-id", env_id, "--runs-dir", runs_dir]
         sys.argv += ["--total-timesteps", str(total_timesteps), "--eval-every", "1000000000"]
@@ -281,11 +287,23 @@ def loop_table(rounds: int, total_timesteps: int = 5_000, env_id: str = "HalfChe
     print(f"| ratio | {ratio:.2f} |")
 
 
+def peak_memory(total_timesteps: int = 1_000_000) -> None:
+    """A run with sa-hyper that learns in its last 100 steps, with the buffer full, and saves."""
+    with tempfile.TemporaryDirectory() as runs_dir:
+        command = [sys.executable, str(ROOT / "td3_hyper.py"), "--runs-dir", runs_dir]
+        command += ["--total-timesteps", str(total_timesteps), "--eval-every", str(total_timesteps)]
+        command += ["--learning-starts", str(total_timesteps - 100), "--checkpoint-every", "250000"]
+        subprocess.run(command, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
+    print(f"peak memory of {total_timesteps} steps of Hopper-v4 with sa-hyper: {peak:.2f} GiB")
+
+
 def main(args: Args) -> None:
+    if args.memory:
+        return peak_memory()
     gym.logger.min_level = gym.logger.ERROR
     if args.loop:
-        loop_table(rounds=min(args.rounds, 5))
-        return
+        return loop_table(rounds=min(args.rounds, 5))
     update_table("TD3", td3_hyper, plain_td3_update, args)
     update_table("SAC", sac_hyper, plain_sac_update, args)
 
