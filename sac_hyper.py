@@ -281,7 +281,7 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
 
 
 # What reading a damaged file raises.
-LOAD_ERRORS = (OSError, EOFError, KeyError, RuntimeError, BadZipFile, UnpicklingError)
+LOAD_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError, BadZipFile, UnpicklingError)
 
 
 def load_checkpoint(run_dir: Path) -> dict | None:
