@@ -77,13 +77,13 @@ class HyperNetwork(nn.Module):
     Leading dimensions: `meta (B, m)` with `base (B, x)` generates one set of weights a sample;
     `meta (T, m)` with `base (T, N, x)` one set for each of T tasks, used for N samples of it.
 
-    `init` is the distribution that the dynamic weights start with:
+    `init` is the distribution that the dynamic weights start with (compared in results/):
+    - "released": heads uniform in ±0.05 (hidden layer) and ±0.008 (output layer), the constants of
+      the authors' code, whose W has a std of about 0.04 and 0.007.
     - "paper": W like Kaiming-uniform (Sec. 5.2), std sqrt(2 / fan_in); b and g ten times smaller
       than W. The heads' bounds follow from the second moment of the latent, measured for a
       standard normal meta variable, so this holds for any `meta_dim` and `primary_widths`.
     - "small-output": as "paper", but the output layer ten times smaller: first outputs near 0.
-    - "released": heads uniform in ±0.05 (hidden layer) and ±0.008 (output layer), the constants of
-      the authors' code, whose W has a std of about 0.04 and 0.007.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class HyperNetwork(nn.Module):
         out_dim: int,
         dynamic_width: int = 256,
         primary_widths: tuple[int, ...] = (256, 512, 1024),
-        init: str = "paper",
+        init: str = "released",
     ):
         super().__init__()
         self.primary = make_primary(meta_dim, primary_widths)
@@ -221,7 +221,7 @@ def make_critic(
     action_dim: int,
     primary_widths: tuple[int, ...] = (256, 512, 1024),
     dynamic_width: int = 256,
-    init: str = "paper",
+    init: str = "released",
 ) -> nn.Module:
     """One Q-network of Sec. 5.2: obs (..., obs_dim), action (..., action_dim) -> (...).
 
