@@ -8,6 +8,8 @@ into the weights of a small dynamic network that acts on the action (Sec. 3). Th
 gradient of Q in the action, which flows through the dynamic network alone (Fig. 2).
 
     python sac_hyper.py --env-id Hopper-v4 --critic sa-hyper
+
+In the help, (paper) marks a value of the paper and (released) one of the authors' code.
 """
 
 import contextlib
@@ -68,7 +70,7 @@ class Args:
     """environment steps between two evaluations, the first at step 0 (released)"""
     eval_episodes: int = 10
     """episodes of one evaluation, with the deterministic policy (released)"""
-    checkpoint_every: int = 10_000
+    checkpoint_every: int = 5_000
     """environment steps between two checkpoints, each taken at the next end of an episode"""
     save_every: int = 0
     """environment steps between two step_N.pt, the networks alone; 0 saves the last one only"""
@@ -86,7 +88,8 @@ class Args:
     dynamic_width: int = 256
     """hidden units of the dynamic network (paper, Sec. 2)"""
     hyper_init: Literal["paper", "small-output", "released"] = "released"
-    """initialisation of the heads of a hypernetwork, see hypernet.py (measured: results/)"""
+    """start of the dynamic weights: released, the small constants of the authors' code; paper, like
+    Kaiming-uniform; small-output, as paper with a small output layer (measured: results/)"""
     learning_starts: int = 1_000
     """environment steps with uniformly random actions before learning (released, where learning
     starts already at 256)"""
@@ -106,10 +109,11 @@ class Args:
     alpha_lr: float = 3e-4
     """Adam's learning rate for the temperature (released)"""
     autotune: bool = True
-    """tune the temperature to a policy entropy of minus the number of action dimensions, with
-    actions in half widths of their range (Haarnoja et al., 2018; the paper does not say)"""
+    """the temperature is tuned to a policy entropy of minus the number of action dimensions, with
+    actions in half widths of their range (Haarnoja et al., 2018; the paper does not say);
+    --no-autotune keeps it at ALPHA"""
     alpha: float = 0.2
-    """the temperature without autotune (released, for the command lines it lists)"""
+    """the temperature with --no-autotune (released, in its example commands)"""
 
 
 # The least value of each number.
@@ -562,14 +566,14 @@ if __name__ == "__main__":
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         write(run_dir / "eval.csv", eval_csv)
-        print(f"resuming {run_dir} at step {global_step}", flush=True)
+    print(f"{'resuming' if checkpoint else 'starting'} {run_dir} at step {global_step}", flush=True)
     if args.track:
         track(run_dir, args)
     threading.excepthook = thread_failed
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else 0)
     del checkpoint  # a replay buffer's memory
     terminal = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", file=terminal)
+    bar = tqdm(initial=global_step, total=args.total_timesteps, smoothing=0, file=terminal)
     checkpoint_step, done = global_step, True
 
     while True:
@@ -595,7 +599,8 @@ if __name__ == "__main__":
             write(run_dir / "eval.csv", eval_csv)
             writer.add_scalar("eval/return", eval_return, global_step)
             writer.add_scalar("eval/length", eval_length, global_step)
-            writer.add_scalar("charts/SPS", bar.format_dict["rate"] or 0, global_step)
+            sps = (global_step - bar.initial) / bar.format_dict["elapsed"]
+            writer.add_scalar("charts/SPS", sps, global_step)
             bar.set_postfix_str(f"eval return {eval_return:.1f}")
             if terminal is not sys.stderr:
                 print(bar, flush=True)
@@ -642,4 +647,5 @@ if __name__ == "__main__":
     summary = {"global_step": global_step, "eval_step": int(last[0][0])}
     summary["eval_return"] = np.mean([float(row[2]) for row in last])
     write(run_dir / "summary.json", json.dumps(summary) + "\n")  # last: the run is complete
+    print(f"{run_dir} is complete")
     lock.release()
