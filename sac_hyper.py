@@ -166,7 +166,7 @@ def parse_args() -> Args:
 
 
 def fast_matmul() -> None:
-    """Send float32 matrix products on the CPU to oneDNN: twice MKL's speed on AMD (README, Speed).
+    """Send float32 matrix products on the CPU to oneDNN: MKL is slow on AMD (README, Speed).
 
     The setting allows oneDNN to round to bfloat16, which it does where the processor has AMX; there
     it is taken back.
