@@ -129,7 +129,11 @@ class HyperNetwork(nn.Module):
         per_sample = base.dim() == weights[0][1].dim()
         x = base.unsqueeze(-2) if per_sample else base  # (B, 1, x) or (T, N, x)
         for layer, (W, b, g) in enumerate(weights):
-            x = (1 + g.unsqueeze(-2)) * (x @ W) + b.unsqueeze(-2)
+            g, b = g.unsqueeze(-2), b.unsqueeze(-2)
+            if per_sample:
+                x = (1 + g) * (x @ W) + b
+            else:  # the same; the gain on W is cheaper where many samples share it
+                x = torch.baddbmm(b, x, (1 + g) * W)
             if layer < len(weights) - 1:
                 x = F.relu(x)
         return x.squeeze(-2) if per_sample else x
