@@ -543,7 +543,10 @@ def adapt_and_sample(
             inner_step(policy, theta, take_steps(steps, tasks), take(batch, tasks), args)
             for tasks in chunks(batch, args)
         ]
-        step = {layer: tuple(map(torch.cat, zip(*(p[layer] for p in parts)))) for layer in parts[0]}
+        step = {
+            layer: tuple(torch.cat(part).detach() for part in zip(*(p[layer] for p in parts)))
+            for layer in parts[0]
+        }
         pre, steps = [*pre, batch], [*steps, step]
         returns.append(batch_returns)
     post, batch_returns = sample(policy, steps, envs, rng, args)
@@ -560,7 +563,7 @@ class Task(NamedTuple):
     steps: list[Step] | None  # the inner steps, if they are constants
     mean: Tensor  # of the policies that sampled `post`, (T, N, action)
     log_std: Tensor  # (T, 1, action)
-    share: float  # of the tasks of the iteration
+    share: float  # of each task in the mean over the iteration's tasks
 
 
 def as_dict(policy: Policy, theta: Tensor) -> dict[str, Tensor]:
@@ -593,7 +596,7 @@ def outputs(
 def surrogate_and_kl(
     policy: Policy, theta: Tensor, tasks: list[Task], args: Args
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each chunk of tasks its share of mean(Â π_θi / π_old) and of mean KL(π_old ‖ π_θi)."""
+    """For each chunk of tasks its part of the mean of Â π_θi / π_old and of KL(π_old ‖ π_θi)."""
     for task in tasks:
         mean, log_std = outputs(policy, theta, task.pre, task.post, task.steps, args)
         action, weight = task.post.action, task.share * task.post.weight
@@ -663,8 +666,7 @@ def update(policy: Policy, episodes: Episodes, args: Args) -> dict[str, float]:
         constant = None if steps is None else take_steps(steps, chunk)
         with torch.no_grad():
             mean, log_std = outputs(policy, theta, pre, post, constant, args)
-        share = len(post.obs) / len(episodes.post.obs)
-        tasks.append(Task(pre, post, constant, mean, log_std, share))
+        tasks.append(Task(pre, post, constant, mean, log_std, 1 / len(episodes.post.obs)))
 
     def product(vector: Tensor) -> Tensor:
         return fisher_product(policy, theta, tasks, vector, args) + args.cg_damping * vector

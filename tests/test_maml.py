@@ -1,0 +1,414 @@
+"""The meta-gradient, TRPO and the baseline against finite differences, double backward and loops."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Independent, Normal, kl_divergence
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector
+
+import maml_hyper
+from maml_hyper import Args, Batch, Policy, Task
+from meta_envs import MetaVectorEnv
+
+MODELS = ("vanilla", "context", "hyper")
+T, N, OBS, ACTION = 3, 6, 5, 2
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_args(model: str, **changes) -> Args:
+    small = dict(primary_widths=(4, 5, 6), dynamic_width=7, inner_lr=0.01, device="cpu")
+    return Args(model=model, **(small | changes))
+
+
+def make_policy(args: Args) -> Policy:
+    """A small policy with every weight away from zero."""
+    torch.manual_seed(0)
+    policy = Policy(OBS, ACTION, args).double()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return policy
+
+
+def make_batches(num: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    context = normal(T, 1)
+    batches = []
+    for _ in range(num):
+        weight = torch.rand(T, N, generator=generator)
+        weight[0, 4:] = 0  # an early end
+        weight /= weight.sum(1, keepdim=True)
+        sizes = (T, N, OBS), (T, N, ACTION), (T, N)
+        batches.append(Batch(context, *(normal(*size) for size in sizes), weight))
+    return batches
+
+
+def make_task(policy: Policy, args: Args) -> tuple[torch.Tensor, Task]:
+    """θ and data of T tasks, sampled by π_{θ_i} as it were."""
+    theta = parameters_to_vector(policy.parameters()).detach()
+    *pre, post = make_batches(args.num_adapt_steps + 1)
+    steps = None
+    if args.first_order:
+        steps, parameters = [], maml_hyper.as_dict(policy, theta)
+        for batch in pre:
+            step = maml_hyper.inner_step(policy, parameters, steps, batch, args)
+            steps.append({layer: (a.detach(), b.detach()) for layer, (a, b) in step.items()})
+    with torch.no_grad():
+        mean, log_std = maml_hyper.outputs(policy, theta, pre, post, steps, args)
+    return theta, Task(pre, post, steps, mean, log_std, share=1 / T)
+
+
+def surrogate(policy, theta, task, args) -> torch.Tensor:
+    return next(iter(maml_hyper.surrogate_and_kl(policy, theta, [task], args)))[0]
+
+
+@pytest.mark.parametrize("num_adapt_steps", [0, 1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_meta_gradient_equals_finite_differences_through_the_inner_steps(model, num_adapt_steps):
+    args = make_args(model, num_adapt_steps=num_adapt_steps)
+    policy = make_policy(args)
+    theta, task = make_task(policy, args)
+    gradient = maml_hyper.meta_gradient(policy, theta, [task], args)
+    largest = gradient.abs().topk(40).indices
+    random = torch.randperm(len(theta), generator=torch.Generator().manual_seed(0))[:40]
+    chosen, h = torch.cat([largest, random]), 1e-5
+    differences = []
+    with torch.no_grad():
+        for i in chosen:
+            e = torch.zeros_like(theta)
+            e[i] = h
+            up, down = (surrogate(policy, theta + sign * e, task, args) for sign in (1, -1))
+            differences.append((up - down) / (2 * h))
+    differences = torch.stack(differences)
+    assert (differences - gradient[chosen]).norm() <= 1e-5 * differences.norm()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_first_order_cuts_the_inner_step_and_differs(model):
+    args, first = make_args(model), make_args(model, first_order=True)
+    policy = make_policy(args)
+    theta, task = make_task(policy, args)
+    _, first_task = make_task(policy, first)
+    second_order = maml_hyper.meta_gradient(policy, theta, [task], args)
+    first_order = maml_hyper.meta_gradient(policy, theta, [first_task], first)
+    assert (second_order - first_order).norm() > 1e-3 * second_order.norm()
+    # It is the gradient at the adapted parameters: θ moves, the inner step does not.
+    theta_i = theta.clone().requires_grad_()
+    with maml_hyper.adapted(policy, first_task.steps):
+        parameters = maml_hyper.as_dict(policy, theta_i)
+        post = task.post
+        mean, log_std = functional_call(policy, parameters, (post.context, post.obs))
+    log_ratio = maml_hyper.log_prob(mean, log_std, post.action)
+    (post.weight * post.advantage * log_ratio).sum().div(T).backward()
+    torch.testing.assert_close(theta_i.grad, first_order, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_without_an_inner_learning_rate_first_and_second_order_are_equal(model):
+    args = make_args(model, inner_lr=0.0)
+    first = make_args(model, inner_lr=0.0, first_order=True)
+    policy = make_policy(args)
+    theta, task = make_task(policy, args)
+    _, first_task = make_task(policy, first)
+    a = maml_hyper.meta_gradient(policy, theta, [task], args)
+    b = maml_hyper.meta_gradient(policy, theta, [first_task], first)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_adapted_layers_act_as_a_copy_of_all_parameters_a_task_would(model):
+    args = make_args(model, num_adapt_steps=3, inner_lr=0.05)
+    policy = make_policy(args)
+    theta, task = make_task(policy, args)
+    for i in range(T):
+        copy = {name: p.detach().clone() for name, p in policy.named_parameters()}
+        for batch in task.pre:  # θ_i <- θ_i - η ∇L_i, on a real copy
+            for parameter in copy.values():
+                parameter.requires_grad_()
+            one = maml_hyper.take(batch, slice(i, i + 1))
+            mean, log_std = functional_call(policy, copy, (one.context, one.obs))
+            log_prob = Independent(Normal(mean, log_std.exp()), 1).log_prob(one.action)
+            loss = -(one.weight * one.advantage * log_prob).sum()
+            gradients = torch.autograd.grad(loss, list(copy.values()))
+            copy = {
+                name: (p - args.inner_lr * g).detach()
+                for (name, p), g in zip(copy.items(), gradients)
+            }
+        one = maml_hyper.take(task.post, slice(i, i + 1))
+        mean, log_std = functional_call(policy, copy, (one.context, one.obs))
+        torch.testing.assert_close(task.mean[i : i + 1], mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(task.log_std[i : i + 1], log_std, rtol=1e-9, atol=1e-9)
+        assert (mean - policy(one.context, one.obs)[0]).abs().max() > 1e-3  # it did adapt
+
+
+def test_no_copy_of_the_hypernetwork_is_made_for_a_task():
+    args = make_args("hyper")
+    policy = make_policy(args)
+    (batch,) = make_batches(1)
+    parameters = dict(policy.named_parameters())
+    step = maml_hyper.inner_step(policy, parameters, [], batch, args)
+    layers = [layer for layer in policy.modules() if isinstance(layer, torch.nn.Linear)]
+    assert set(step) == set(layers)
+    for layer, (x, delta) in step.items():
+        assert x.shape == (T, layer.in_features) and delta.shape == (T, layer.out_features)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("num_adapt_steps", [0, 1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_fisher_product_is_the_hessian_of_the_kl_times_a_vector(
+    model, num_adapt_steps, first_order
+):
+    args = make_args(model, num_adapt_steps=num_adapt_steps, first_order=first_order)
+    policy = make_policy(args)
+    theta, task = make_task(policy, args)
+    vector = torch.randn(len(theta), generator=torch.Generator().manual_seed(0))
+    product = maml_hyper.fisher_product(policy, theta, [task], vector, args)
+    leaf = theta.clone().requires_grad_()
+    _, kl = next(iter(maml_hyper.surrogate_and_kl(policy, leaf, [task], args)))
+    gradient = torch.autograd.grad(kl, leaf, create_graph=True)[0]
+    hessian = torch.autograd.grad(gradient.dot(vector), leaf)[0]
+    assert kl.abs() < 1e-12 and gradient.norm() < 1e-9
+    assert (product - hessian).norm() <= 1e-6 * hessian.norm()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_chunks_of_tasks_add_up(model, monkeypatch):
+    results = []
+    for chunk in (1, 2 * N, 100 * N):
+        monkeypatch.setitem(maml_hyper.CHUNK, model, chunk)
+        args = make_args(model, inner_lr=0.01)
+        policy = make_policy(args)
+        *pre, post = make_batches(2)
+        episodes = maml_hyper.Episodes(pre, post, [], {})
+        number = {1: T, 2 * N: 2, 100 * N: 1}[chunk]
+        assert len(maml_hyper.chunks(post, args)) == number
+        result = maml_hyper.update(policy, episodes, args)
+        results.append((parameters_to_vector(policy.parameters()).detach(), result))
+    for theta, result in results[1:]:
+        torch.testing.assert_close(theta, results[0][0], rtol=1e-6, atol=1e-8)
+        assert result == pytest.approx(results[0][1], rel=1e-6)
+
+
+def test_surrogate_and_kl_are_those_of_torch_distributions():
+    args = make_args("context", num_adapt_steps=0)
+    policy = make_policy(args)
+    theta, task = make_task(policy, args)
+    moved = theta + 0.1 * torch.randn(len(theta), generator=torch.Generator().manual_seed(0))
+    (value, kl) = next(iter(maml_hyper.surrogate_and_kl(policy, moved, [task], args)))
+    mean, log_std = maml_hyper.outputs(policy, moved, [], task.post, None, args)
+    new = Independent(Normal(mean, log_std.exp().expand_as(mean)), 1)
+    old = Independent(Normal(task.mean, task.log_std.exp().expand_as(mean)), 1)
+    post = task.post
+    ratio = (new.log_prob(post.action) - old.log_prob(post.action)).exp()
+    torch.testing.assert_close(value, (post.weight * post.advantage * ratio).sum() / T)
+    torch.testing.assert_close(kl, (post.weight * kl_divergence(old, new)).sum() / T)
+
+
+def test_conjugate_gradient_solves_a_known_system():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(20, 20, generator=generator)
+    matrix = root @ root.T + torch.eye(20)
+    x = torch.randn(20, generator=generator)
+    found = maml_hyper.conjugate_gradient(lambda v: matrix @ v, matrix @ x, iterations=60)
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+    few = maml_hyper.conjugate_gradient(lambda v: matrix @ v, matrix @ x, iterations=3)
+    assert (few - x).norm() > 1e-2 * x.norm()
+    products = []
+    maml_hyper.conjugate_gradient(lambda v: products.append(0) or 2 * v, matrix @ x, iterations=9)
+    assert len(products) == 1  # solved after one
+
+
+def plain_advantages(obs, reward, alive, gamma, lam):
+    """One task's advantages (E, H), by loops."""
+    E, H = alive.shape
+    features, targets, where = [], [], []
+    for e in range(E):
+        for t in range(H):
+            if not alive[e, t]:
+                continue
+            discounted = sum(gamma ** (k - t) * reward[e, k] for k in range(t, H) if alive[e, k])
+            time = t / 100
+            features.append([*obs[e, t], *obs[e, t] ** 2, time, time**2, time**3, 1.0])
+            targets.append(discounted)
+            where.append((e, t))
+    X, y = np.array(features), np.array(targets)
+    w = np.linalg.solve(X.T @ X + 1e-5 * np.eye(X.shape[1]), X.T @ y)
+    value = {place: row @ w for place, row in zip(where, X)}
+    advantage = np.zeros((E, H))
+    for e, t in where:
+        for k in range(t, H):
+            if (e, k) in value:
+                delta = reward[e, k] + gamma * value.get((e, k + 1), 0.0) - value[e, k]
+                advantage[e, t] += (gamma * lam) ** (k - t) * delta
+    chosen = np.array([advantage[place] for place in where])
+    for e, t in where:
+        advantage[e, t] = (advantage[e, t] - chosen.mean()) / np.sqrt(chosen.var() + 1e-8)
+    return advantage
+
+
+@pytest.mark.parametrize("gamma, lam", [(0.95, 1.0), (0.99, 0.9), (1.0, 0.0)])
+def test_baseline_and_advantages_equal_a_plain_loop_with_early_ends(gamma, lam):
+    rng = np.random.default_rng(0)
+    tasks, episodes, horizon = 2, 4, 12
+    obs = rng.standard_normal((tasks, episodes, horizon, 3))
+    length = rng.integers(1, horizon + 1, (tasks, episodes))
+    length[0, 0], length[1, 1] = horizon, 1
+    alive = np.arange(horizon) < length[..., None]
+    reward = alive * rng.standard_normal(alive.shape)
+    args = make_args("vanilla", gamma=gamma, gae_lambda=lam)
+    found = maml_hyper.advantages(obs, reward, alive, args)
+    for task in range(tasks):
+        expected = plain_advantages(obs[task], reward[task], alive[task], gamma, lam)
+        np.testing.assert_allclose(found[task], expected, rtol=1e-8, atol=1e-8)
+        assert (found[task][~alive[task]] == 0).all()
+
+
+@pytest.mark.parametrize("max_kl", [1e-4, 1e-2])
+@pytest.mark.parametrize("length", [-1e-2, 1e-4, 1e-2, 1e-1, 100.0])
+def test_line_search_accepts_no_worse_surrogate_and_no_kl_above_the_limit(max_kl, length):
+    args = make_args("context", max_kl=max_kl)
+    policy = make_policy(args)
+    theta, task = make_task(policy, args)
+    gradient = maml_hyper.meta_gradient(policy, theta, [task], args)
+    found = maml_hyper.line_search(policy, theta, length * gradient, [task], args)
+    moved = parameters_to_vector(policy.parameters()).detach()
+    with torch.no_grad():
+        before, _ = next(iter(maml_hyper.surrogate_and_kl(policy, theta, [task], args)))
+        after, kl = next(iter(maml_hyper.surrogate_and_kl(policy, moved, [task], args)))
+    if found["step_size"]:
+        torch.testing.assert_close(moved, theta + found["step_size"] * length * gradient)
+        assert after > before and kl <= max_kl
+        assert found["kl"] == pytest.approx(kl.item())
+        assert found["surrogate"] == pytest.approx((after - before).item(), rel=1e-6)
+    else:
+        assert torch.equal(moved, theta)
+    assert bool(found["step_size"]) == (0 < length < 1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_update_betters_the_surrogate_within_the_trust_region(model):
+    args = make_args(model, max_kl=0.01)
+    policy = make_policy(args)
+    *pre, post = make_batches(2)
+    result = maml_hyper.update(policy, maml_hyper.Episodes(pre, post, [], {}), args)
+    assert 0 < result["kl"] <= 0.01 and result["surrogate"] > 0 and result["step_size"] > 0
+    # The quadratic model is good: a full step would have the KL that it was made for.
+    assert result["kl"] == pytest.approx(0.01 * result["step_size"] ** 2, rel=0.5)
+
+
+def rollout_args(model: str, **changes) -> Args:
+    return make_args(model, horizon=15, **changes)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_dynamic_weights_are_generated_once_a_rollout(model, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    args = rollout_args(model)
+    envs = MetaVectorEnv("HalfCheetahVel-v0", [0.5, 2.0], 3, 1, args.horizon)
+    policy = Policy(20, 6, args)
+    contexts = []
+    generate = Policy.generate
+    monkeypatch.setattr(
+        Policy,
+        "generate",
+        lambda self, context: contexts.append(context) or generate(self, context),
+    )
+    batch, returns = maml_hyper.sample(policy, [], envs, np.random.default_rng(0), args)
+    assert [context.tolist() for context in contexts] == [[[0.5], [2.0]]]
+    assert batch.obs.shape == (2, 3 * 15, 20) and batch.action.shape == (2, 3 * 15, 6)
+    assert returns.shape == (2, 3)
+    torch.testing.assert_close(batch.weight, torch.full((2, 45), 1 / 45))
+    assert batch.advantage.mean().abs() < 1e-6
+
+
+def test_an_ant_that_falls_has_no_weight_afterwards():
+    torch.set_default_dtype(torch.float32)
+    args = rollout_args("vanilla")
+    envs = MetaVectorEnv("AntVel-v0", [0.5, 2.0], 4, 1, args.horizon)
+    step, fall = envs.step, {"at": 0}
+
+    def falling(actions):
+        fall["at"] += 1
+        if fall["at"] == 6:
+            envs.qpos[5, 2] = 3.0  # an episode of the second goal
+        return step(actions)
+
+    envs.step = falling
+    batch, returns = maml_hyper.sample(
+        Policy(27, 8, args), [], envs, np.random.default_rng(0), args
+    )
+    weight = batch.weight.view(2, 4, 15)
+    assert (weight[0] == 1 / 60).all()
+    alive = weight[1] > 0
+    assert alive[1].tolist() == [True] * 6 + [False] * 9 and alive[[0, 2, 3]].all()
+    torch.testing.assert_close(weight.sum((1, 2)), torch.ones(2))
+    assert (batch.advantage.view(2, 4, 15)[1, 1, 6:] == 0).all()
+
+
+def test_context_reaches_the_context_and_hyper_policies_alone():
+    for model in MODELS:
+        policy = make_policy(make_args(model))
+        obs = torch.randn(1, N, OBS).expand(2, -1, -1)
+        mean, log_std = policy(torch.tensor([[-1.0], [1.0]]), obs)
+        assert mean.shape == (2, N, ACTION) and log_std.shape == (2, 1, ACTION)
+        assert torch.equal(mean[0], mean[1]) == (model == "vanilla")
+
+
+def test_policies_at_full_size_are_those_of_the_paper():
+    def count(policy):
+        return sum(p.numel() for p in policy.parameters())
+
+    torch.set_default_dtype(torch.float32)
+    vanilla, context, hyper = (Policy(20, 6, Args(model=model)) for model in MODELS)
+    assert count(vanilla) == 20 * 100 + 100 + 100 * 100 + 100 + 100 * 6 + 6 + 6
+    assert count(context) == count(vanilla) + 100
+    assert 13e6 < count(hyper) < 14e6
+    limit = math.sqrt(6 / (20 + 100))  # Xavier
+    assert 0.99 * limit < vanilla.net[0].weight.abs().max() <= limit
+    for policy in (vanilla, context, hyper):
+        assert (policy.log_std.bias == 0).all() and policy.log_std.weight.numel() == 0
+    assert hyper.net.hidden.W.weight.abs().max() == pytest.approx(0.05, rel=1e-3)
+    assert hyper.net.output.W.weight.abs().max() == pytest.approx(0.008, rel=1e-3)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_context_maml_learns_to_run_both_ways_and_a_wrong_sign_does_not(sign, run_main, tmp_path):
+    """12 iterations of two goals; the same with the meta-gradient's sign turned does not pass."""
+    torch.set_default_dtype(torch.float32)
+    root = maml_hyper.__file__.removesuffix("maml_hyper.py")
+    source = open(maml_hyper.__file__).read()
+    right = "weight * task.post.advantage * ratio"
+    assert source.count(right) == 1
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {root!r})\n"
+        + re.sub(re.escape(right), f"{sign} * {right}", source).replace("from __future__", "#")
+    )
+    size = ["--num-train-goals", 2, "--meta-batch-size", 2, "--num-test-goals", 2]
+    size += ["--episodes-per-goal", 10, "--horizon", 50, "--num-iterations", 12]
+    finished = run_main(script, "--model", "context", *size, "--max-kl", 0.03, "--eval-every", 12)
+    assert finished.code == 0, finished.err
+    rows = (tmp_path / "runs/maml_hyper/HalfCheetahFwdBack-v0/context/seed1/eval.csv").read_text()
+    returns = {"0": [], "12": []}
+    for row in rows.splitlines()[1:]:
+        iteration, _, split, _, phase, value = row.split(",")
+        if split == "test" and phase == "post":
+            returns[iteration].append(float(value))
+    gain = np.mean(returns["12"]) - np.mean(returns["0"])
+    print("gain", gain)
+    assert (gain > 4) == (sign == 1)
