@@ -297,6 +297,32 @@ def test_the_bootstrap_is_the_lower_target_critic_at_the_policys_action():
     np.testing.assert_allclose(ga.target_value(agent, obs), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("std", [0.3, 30])
+def test_actions_are_drawn_around_the_policys_in_half_widths_and_clipped(monkeypatch, std):
+    args = td3_hyper.Args(env_id="InvertedPendulum-v4")  # actions in [-3, 3]
+    envs = [td3_hyper.make_env(args) for _ in range(201)]
+    for env in envs:
+        env.reset()
+    agent = td3_hyper.Agent(4, envs[0].action_space, td3_hyper.Args(critic="mlp-small"))
+    agent.actor.net[4].weight.data.zero_()
+    agent.actor.net[4].bias.data.zero_()
+    calls = []
+
+    def returns(envs, obs, actions, *others):
+        calls.append((actions, *others))
+        return actions[:, 0]
+
+    monkeypatch.setattr(ga, "discounted_returns", returns)
+    monkeypatch.setattr(ga, "STD", std)
+    ga.measure(agent, 0.9, envs[:1], envs[1:], 4, np.random.default_rng(0))
+    ((actions, _, _, gamma, hold),) = calls
+    assert (gamma, hold) == (0.9, 4) and actions.shape == (200, 1) and abs(actions).max() <= 3
+    if std == 0.3:
+        assert abs(actions.mean()) < 0.2 and abs(actions.std() - 0.9) < 0.15
+    else:
+        assert (abs(actions) == 3).mean() > 0.8
+
+
 def test_the_picture_shows_the_four_panels_of_fig_3(monkeypatch, tmp_path):
     table = pd.DataFrame(
         [
@@ -305,7 +331,7 @@ def test_the_picture_shows_the_four_panels_of_fig_3(monkeypatch, tmp_path):
             ("sa-hyper", 1, 10, 0.5),
             ("sa-hyper", 2, 10, 1.0),
             ("mlp", 1, 0, np.nan),
-            ("mlp", 1, 0, 0.3),
+            ("mlp", 1, 0, 0.25),
         ],
         columns=["critic", "seed", "step", "cosine_similarity"],
     )
@@ -322,7 +348,7 @@ def test_the_picture_shows_the_four_panels_of_fig_3(monkeypatch, tmp_path):
     assert list(three_quarters.lines[1].get_ydata()) == [0, 50]
     assert list(mean.lines[1].get_xdata()) == [0, 10]
     assert list(mean.lines[1].get_ydata()) == [-0.25, 0.75]
-    assert mean.lines[0].get_ydata() == [0.3]
+    assert quarter.lines[0].get_ydata() == [0] and mean.lines[0].get_ydata() == [0.25]
     low, high = mean.collections[1].get_datalim(mean.transData).intervaly
     assert (low, high) == (-0.625, 0.875)
     colours = [line.get_color() for line in threshold.lines]
@@ -357,6 +383,7 @@ def make_run(run_dir: Path, **arguments) -> Path:
     env = td3_hyper.make_env(args)
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text(json.dumps({"args": dataclasses.asdict(args)}))
+    torch.manual_seed(0)
     agent = td3_hyper.Agent(env.observation_space.shape[0], env.action_space, args)
     torch.save(agent.state_dict(), run_dir / "step_0.pt")
     return run_dir
@@ -380,6 +407,7 @@ def test_it_resumes_where_it_stopped_and_ends_like_one_that_never_stopped(
     run_main, run_dir, monkeypatch
 ):
     assert run_main(SCRIPT, run_dir, *SMALL[:-1], "whole").code == 0
+    (run_dir / "step_0.pt").rename("step_0.pt")  # comes later, and goes first in the table
     write, written = td3_hyper.write, []
 
     def write_once(file, content):
@@ -392,8 +420,9 @@ def test_it_resumes_where_it_stopped_and_ends_like_one_that_never_stopped(
         patch.setattr(td3_hyper, "write", write_once)
         assert run_main(SCRIPT, run_dir, *SMALL).code == 9
     assert len(pd.read_csv(TABLE)) == 2
+    Path("step_0.pt").rename(run_dir / "step_0.pt")
     finished = run_main(SCRIPT, "runs", *SMALL)
-    assert finished.code == 0 and "step 0:" not in finished.out and "step 12:" in finished.out
+    assert finished.code == 0 and [f"step {n}:" in finished.out for n in (0, 6, 12)] == [1, 0, 1]
     assert TABLE.read_bytes() == Path("whole", TABLE.name).read_bytes()
     before = TABLE.read_bytes()
     finished = run_main(SCRIPT, run_dir.resolve(), *SMALL)
@@ -421,6 +450,13 @@ def test_each_option_changes_what_is_measured(run_main, run_dir):
         tables.append(pd.read_csv(Path(str(i), TABLE.name)))
     assert [len(table) for table in tables] == [2, 3, 2, 2]
     assert len({table.cosine_similarity[0] for table in tables}) == 4
+
+
+def test_the_return_is_discounted_as_in_the_run(run_main):
+    for i, gamma in enumerate((0.99, 0.5)):
+        assert run_main(SCRIPT, make_run(Path(f"run{i}"), gamma=gamma), *SMALL[:-1], i).code == 0
+    a, b = (pd.read_csv(Path(str(i), TABLE.name)) for i in (0, 1))
+    assert (a.norm_critic == b.norm_critic).all() and (a.norm_true != b.norm_true).all()
 
 
 def test_all_eight_critics(run_main):
