@@ -85,8 +85,8 @@ class Args:
     dynamic_width: int = 256
     """hidden units of the dynamic network of hyper (paper, Sec. 2)"""
     hyper_init: Literal["paper", "small-output", "released"] = "released"
-    """start of the dynamic weights: released, the small constants of the authors' code; paper, like
-    Kaiming-uniform; small-output, as paper with a small output layer"""
+    """start of the dynamic weights of hyper (paper, Sec. 5.2): released, the small constants of the
+    authors' code; paper, like Kaiming-uniform; small-output, as paper with a small output layer"""
     num_train_goals: int = 100
     """tasks to train on, drawn once from the seed (released)"""
     num_test_goals: int = 20
@@ -483,7 +483,8 @@ def sample(
             noise = rng.standard_normal((T, E, action_dim), dtype=np.float32)
             action = (mean + log_std.exp() * torch.from_numpy(noise).to(args.device)).cpu().numpy()
             for i in np.flatnonzero(~np.isfinite(action).all((1, 2))):
-                stop(f"task {i} (goal {envs.goals[i]:g}): the adapted policy is not finite", code=1)
+                task_i = f"task {i} (goal {envs.goals[i]:g})"
+                stop(f"the adapted policy of {task_i} is not finite: lower --inner-lr", code=1)
             all_actions[t] = action
             action = action.reshape(T * E, -1).clip(low, high)
             obs, reward, terminated, truncated, _ = envs.step(action)

@@ -1,4 +1,4 @@
-"""The meta-gradient, TRPO and the baseline against finite differences, double backward and loops."""
+"""Meta-gradient, TRPO and baseline against finite differences, double backward and loops."""
 
 import math
 
