@@ -297,7 +297,7 @@ def colours_of(models: list[str]) -> dict[str, str]:
 
 def draw(axis: plt.Axes, x: pd.Series, curve: pd.DataFrame, **style) -> None:
     axis.plot(x, curve["mean"], linewidth=1.8, **style)
-    band = dict(color=style["color"], alpha=0.15, linewidth=0)
+    band = dict(facecolor=(style["color"], 0.1), edgecolor=(style["color"], 0.35), linewidth=0.6)
     axis.fill_between(x, curve.mean_low, curve.mean_high, **band)
 
 

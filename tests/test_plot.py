@@ -231,6 +231,8 @@ def test_meta_rl_is_scored_on_test_goals_and_the_pair_has_both(tmp_path, run_mai
     # The baseline, vanilla after adaptation, goes from -8 to -4.
     assert list(summary["mean"]) == pytest.approx([1.5, 1.25, 1, 0])
     assert list(summary.gain_percent) == pytest.approx([50, 25, 0, -100], abs=1e-9)
+    probability = summary.probability_of_improvement  # over the baseline, not over itself
+    assert list(probability.dropna()) == [1, 1, 0] and np.isnan(probability["vanilla", "post"])
     reached = summary.reached_at_percent.drop(("vanilla", "pre")).astype(float)
     assert list(reached) == pytest.approx([200 / 3, 200 / 3, 100], abs=1e-3)
     assert summary.reached_at_percent["vanilla", "pre"] == "not reached"
