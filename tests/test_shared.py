@@ -38,6 +38,20 @@ def test_shared_blocks_are_equal_to_the_letter(one, other):
     assert only == {"explore", "alpha_loss"}
 
 
+# Of the blocks of td3 and sac, those that an on-policy meta-RL script needs word for word.
+RUN_DIRECTORY = ("stop", "fast_matmul", "FREE_ARGS", "track", "git_commit", "write")
+RUN_DIRECTORY += ("thread_failed", "save_checkpoint", "LOAD_ERRORS", "load_checkpoint")
+
+
+@pytest.mark.parametrize("script", ["maml_hyper.py"])
+def test_the_run_directory_is_the_same_in_all_scripts(script):
+    a, b = top_level("td3_hyper.py"), top_level(script)
+    for name in RUN_DIRECTORY:
+        assert a[name] == b[name], name
+    claim = a["claim_run"].replace("args.critic", "args.model")
+    assert claim.replace("total_timesteps", "num_iterations") == b["claim_run"]
+
+
 def test_main_blocks_differ_in_the_algorithm_alone():
     mains = [
         (ROOT / script).read_text().split('if __name__ == "__main__":')[1].splitlines()
