@@ -386,7 +386,7 @@ def adapted(policy: Policy, steps: list[Step]) -> Iterator[dict[nn.Linear, tuple
                 W, b = step[layer]
                 y = y + x @ W + b
         if torch.is_grad_enabled() and not y.requires_grad:
-            y.requires_grad_()
+            y.requires_grad_()  # for δ, where θ itself is a constant
         seen[layer] = (x, y)
         return y
 
@@ -508,7 +508,7 @@ def sample(
 CHUNK = {"vanilla": 4_000, "context": 4_000, "hyper": 20_000}
 
 
-def chunks(batch: Batch, args: Args) -> list[slice]:
+def split_tasks(batch: Batch, args: Args) -> list[slice]:
     """The tasks in chunks of at most `CHUNK` samples, or of one task."""
     T, N = batch.weight.shape
     size = max(1, CHUNK[args.model] // N)
@@ -542,7 +542,7 @@ def adapt_and_sample(
         batch, batch_returns = sample(policy, steps, envs, rng, args)
         parts = [
             inner_step(policy, theta, take_steps(steps, tasks), take(batch, tasks), args)
-            for tasks in chunks(batch, args)
+            for tasks in split_tasks(batch, args)
         ]
         step = {
             layer: tuple(torch.cat(part).detach() for part in zip(*(p[layer] for p in parts)))
@@ -556,8 +556,8 @@ def adapt_and_sample(
     return Episodes(pre, post, steps, phases if args.num_adapt_steps else {"pre": phases["pre"]})
 
 
-class Task(NamedTuple):
-    """A chunk of tasks as TRPO sees it."""
+class Chunk(NamedTuple):
+    """What TRPO needs of some of the iteration's tasks."""
 
     pre: list[Batch]
     post: Batch
@@ -595,31 +595,31 @@ def outputs(
 
 
 def surrogate_and_kl(
-    policy: Policy, theta: Tensor, tasks: list[Task], args: Args
+    policy: Policy, theta: Tensor, chunks: list[Chunk], args: Args
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For each chunk of tasks its part of the mean of Â π_θi / π_old and of KL(π_old ‖ π_θi)."""
-    for task in tasks:
-        mean, log_std = outputs(policy, theta, task.pre, task.post, task.steps, args)
-        action, weight = task.post.action, task.share * task.post.weight
-        old_log_prob = log_prob(task.mean, task.log_std, action)
+    for chunk in chunks:
+        mean, log_std = outputs(policy, theta, chunk.pre, chunk.post, chunk.steps, args)
+        action, weight = chunk.post.action, chunk.share * chunk.post.weight
+        old_log_prob = log_prob(chunk.mean, chunk.log_std, action)
         ratio = (log_prob(mean, log_std, action) - old_log_prob).exp()
-        variance, old_variance = (2 * log_std).exp(), (2 * task.log_std).exp()
-        kl = (old_variance + (task.mean - mean).square()) / (2 * variance) - 0.5
-        kl = (kl + log_std - task.log_std).sum(-1)
-        yield (weight * task.post.advantage * ratio).sum(), (weight * kl).sum()
+        variance, old_variance = (2 * log_std).exp(), (2 * chunk.log_std).exp()
+        kl = (old_variance + (chunk.mean - mean).square()) / (2 * variance) - 0.5
+        kl = (kl + log_std - chunk.log_std).sum(-1)
+        yield (weight * chunk.post.advantage * ratio).sum(), (weight * kl).sum()
 
 
-def meta_gradient(policy: Policy, theta: Tensor, tasks: list[Task], args: Args) -> Tensor:
+def meta_gradient(policy: Policy, theta: Tensor, chunks: list[Chunk], args: Args) -> Tensor:
     """∇_θ of the surrogate, through the inner steps: a vector like θ (Eq. 15)."""
     theta = theta.detach().requires_grad_()
     gradient = torch.zeros_like(theta)
-    for surrogate, _ in surrogate_and_kl(policy, theta, tasks, args):
+    for surrogate, _ in surrogate_and_kl(policy, theta, chunks, args):
         gradient += torch.autograd.grad(surrogate, theta)[0]
     return gradient
 
 
 def fisher_product(
-    policy: Policy, theta: Tensor, tasks: list[Task], vector: Tensor, args: Args
+    policy: Policy, theta: Tensor, chunks: list[Chunk], vector: Tensor, args: Args
 ) -> Tensor:
     """The Hessian of the KL at θ times a vector, exactly: Jᵀ F J v.
 
@@ -628,13 +628,13 @@ def fisher_product(
     """
     product = torch.zeros_like(vector)
     leaf = theta.detach().requires_grad_()
-    for task in tasks:
-        data = (task.pre, task.post, task.steps, args)
+    for chunk in chunks:
+        data = (chunk.pre, chunk.post, chunk.steps, args)
         with torch.no_grad(), fwAD.dual_level():
             duals = outputs(policy, fwAD.make_dual(theta, vector), *data)
             d_mean, d_log_std = (fwAD.unpack_dual(dual).tangent for dual in duals)
-        weight = task.share * task.post.weight.unsqueeze(-1)
-        cotangents = (weight * d_mean / (2 * task.log_std).exp(), 2 * task.share * d_log_std)
+        weight = chunk.share * chunk.post.weight.unsqueeze(-1)
+        cotangents = (weight * d_mean / (2 * chunk.log_std).exp(), 2 * chunk.share * d_log_std)
         product += torch.autograd.grad(outputs(policy, leaf, *data), leaf, cotangents)[0]
     return product
 
@@ -657,38 +657,14 @@ def conjugate_gradient(
     return x
 
 
-def update(policy: Policy, episodes: Episodes, args: Args) -> dict[str, float]:
-    """One TRPO step of θ on the surrogate; what it came to."""
-    theta = parameters_to_vector(policy.parameters()).detach()
-    steps = episodes.steps if args.first_order or args.num_adapt_steps == 0 else None
-    tasks = []
-    for chunk in chunks(episodes.post, args):
-        pre, post = [take(batch, chunk) for batch in episodes.pre], take(episodes.post, chunk)
-        constant = None if steps is None else take_steps(steps, chunk)
-        with torch.no_grad():
-            mean, log_std = outputs(policy, theta, pre, post, constant, args)
-        tasks.append(Task(pre, post, constant, mean, log_std, 1 / len(episodes.post.obs)))
-
-    def product(vector: Tensor) -> Tensor:
-        return fisher_product(policy, theta, tasks, vector, args) + args.cg_damping * vector
-
-    gradient = meta_gradient(policy, theta, tasks, args)
-    if not gradient.isfinite().all():
-        return {"gradient_norm": math.nan}
-    direction = conjugate_gradient(product, gradient, args.cg_iterations)
-    length = (2 * args.max_kl / direction.dot(product(direction))).sqrt()
-    result = line_search(policy, theta, length * direction, tasks, args)
-    return {"gradient_norm": gradient.norm().item()} | result
-
-
 @torch.no_grad()
 def line_search(
-    policy: Policy, theta: Tensor, step: Tensor, tasks: list[Task], args: Args
+    policy: Policy, theta: Tensor, step: Tensor, chunks: list[Chunk], args: Args
 ) -> dict[str, float]:
     """Move θ by the largest 0.8^k step with a better surrogate and a KL within bounds, if any."""
 
     def measure(theta: Tensor) -> list[float]:
-        return torch.tensor([*surrogate_and_kl(policy, theta, tasks, args)]).sum(0).tolist()
+        return torch.tensor([*surrogate_and_kl(policy, theta, chunks, args)]).sum(0).tolist()
 
     before, _ = measure(theta)
     for k in range(args.line_search_steps):
@@ -697,6 +673,31 @@ def line_search(
             vector_to_parameters(theta + 0.8**k * step, policy.parameters())
             return {"surrogate": surrogate - before, "kl": kl, "step_size": 0.8**k}
     return {"surrogate": 0.0, "kl": 0.0, "step_size": 0.0}
+
+
+def update(policy: Policy, episodes: Episodes, args: Args) -> dict[str, float]:
+    """One TRPO step of θ on the surrogate; what it came to."""
+    theta = parameters_to_vector(policy.parameters()).detach()
+    steps = episodes.steps if args.first_order or args.num_adapt_steps == 0 else None
+    share = 1 / len(episodes.post.obs)
+    chunks = []
+    for tasks in split_tasks(episodes.post, args):
+        pre, post = [take(batch, tasks) for batch in episodes.pre], take(episodes.post, tasks)
+        constant = None if steps is None else take_steps(steps, tasks)
+        with torch.no_grad():
+            mean, log_std = outputs(policy, theta, pre, post, constant, args)
+        chunks.append(Chunk(pre, post, constant, mean, log_std, share))
+
+    def product(vector: Tensor) -> Tensor:
+        return fisher_product(policy, theta, chunks, vector, args) + args.cg_damping * vector
+
+    gradient = meta_gradient(policy, theta, chunks, args)
+    if not gradient.isfinite().all():
+        return {"gradient_norm": math.nan}
+    direction = conjugate_gradient(product, gradient, args.cg_iterations)
+    length = (2 * args.max_kl / direction.dot(product(direction))).sqrt()
+    result = line_search(policy, theta, length * direction, chunks, args)
+    return {"gradient_norm": gradient.norm().item()} | result
 
 
 def make_video_env(args: Args, goal: float) -> gym.Env:

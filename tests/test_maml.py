@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 import maml_hyper
-from maml_hyper import Args, Batch, Policy, Task
+from maml_hyper import Args, Batch, Chunk, Policy
 from meta_envs import MetaVectorEnv
 
 MODELS = ("vanilla", "context", "hyper")
@@ -57,7 +57,7 @@ def make_batches(num: int) -> list[Batch]:
     return batches
 
 
-def make_task(policy: Policy, args: Args) -> tuple[torch.Tensor, Task]:
+def make_task(policy: Policy, args: Args) -> tuple[torch.Tensor, Chunk]:
     """θ and data of T tasks, sampled by π_{θ_i} as it were."""
     theta = parameters_to_vector(policy.parameters()).detach()
     *pre, post = make_batches(args.num_adapt_steps + 1)
@@ -69,7 +69,7 @@ def make_task(policy: Policy, args: Args) -> tuple[torch.Tensor, Task]:
             steps.append({layer: (a.detach(), b.detach()) for layer, (a, b) in step.items()})
     with torch.no_grad():
         mean, log_std = maml_hyper.outputs(policy, theta, pre, post, steps, args)
-    return theta, Task(pre, post, steps, mean, log_std, share=1 / T)
+    return theta, Chunk(pre, post, steps, mean, log_std, share=1 / T)
 
 
 def surrogate(policy, theta, task, args) -> torch.Tensor:
@@ -196,7 +196,7 @@ def test_chunks_of_tasks_add_up(model, monkeypatch):
         *pre, post = make_batches(2)
         episodes = maml_hyper.Episodes(pre, post, [], {})
         number = {1: T, 2 * N: 2, 100 * N: 1}[chunk]
-        assert len(maml_hyper.chunks(post, args)) == number
+        assert len(maml_hyper.split_tasks(post, args)) == number
         result = maml_hyper.update(policy, episodes, args)
         results.append((parameters_to_vector(policy.parameters()).detach(), result))
     for theta, result in results[1:]:
