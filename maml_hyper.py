@@ -66,13 +66,15 @@ class Args:
     eval_every: int = 1
     """iterations between two evaluations, the first before any update"""
     eval_episodes: int = 20
-    """episodes a test goal before and as many after adaptation (released)"""
+    """episodes a test goal before and as many after adaptation, of the policy that samples, as in
+    training (released)"""
     checkpoint_every: int = 5
     """iterations between two checkpoints"""
     save_every: int = 0
     """iterations between two step_N.pt, the policy alone; 0 saves the last one only"""
     capture_video: bool = False
-    """write an episode of the first test goal to videos/ in the run directory, each evaluation"""
+    """at each evaluation, write an episode of the first test goal's adapted policy, its mean
+    action, to videos/ in the run directory"""
     track: bool = False
     """send the TensorBoard scalars to Weights & Biases too (needs: pip install wandb)"""
     overwrite: bool = False
@@ -108,7 +110,8 @@ class Args:
     first_order: bool = False
     """take the inner step for a constant in the meta-gradient, as the released code does"""
     max_kl: float = 0.01
-    """the most that one iteration moves the adapted policies, in nats (released)"""
+    """the most that one iteration moves the adapted policies, the mean KL over tasks and states, in
+    nats (released)"""
     cg_iterations: int = 10
     """iterations of the conjugate gradient (released)"""
     cg_damping: float = 1e-5
@@ -147,12 +150,16 @@ def parse_args() -> Args:
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not least <= value < math.inf:
-                stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+                stop(f"--{name.replace('_', '-')} {value}: must be a number of at least {least}")
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(args, name) <= 1:
             stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be in [0, 1]")
+    if args.max_kl == 0:
+        stop("--max-kl 0: must be above 0")
     if args.meta_batch_size > args.num_train_goals:
         stop(f"--meta-batch-size {args.meta_batch_size}: must be at most --num-train-goals")
+    if args.seed >= 2**32:
+        stop(f"--seed {args.seed}: must be below 2**32")
     if not args.primary_widths or min(args.primary_widths) < 1:
         stop("--primary-widths: must be one or more integers of at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -193,6 +200,7 @@ def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
     config_file, summary_file = run_dir / "config.json", run_dir / "summary.json"
     packages = ("torch", "gymnasium", "mujoco", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
+    versions["threads"] = torch.get_num_threads()
     config = {"args": dataclasses.asdict(args), "versions": versions, "git_commit": git_commit()}
     config = json.loads(json.dumps(config))
     try:
@@ -212,11 +220,11 @@ def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
         try:
             old_config = json.loads(config_file.read_text())
             old, old_versions = old_config["args"], old_config["versions"]
+            extended = old["num_iterations"] < config["args"]["num_iterations"]
         except (OSError, ValueError, KeyError, TypeError):
             stop(f"{config_file} is missing or damaged; --overwrite starts afresh")
         new = config["args"]
         differ = [name for name in new if name not in FREE_ARGS and old.get(name) != new[name]]
-        extended = old.get("num_iterations", 0) < new["num_iterations"]
         if extended and "num_iterations" in differ:
             differ.remove("num_iterations")
         if differ:
@@ -360,7 +368,7 @@ class Policy(nn.Module):
         return self.dynamic(task, obs), log_std
 
 
-# An inner step as what it adds to each layer's weights, task by task.
+# An inner step: what it adds to each layer's weights, task by task, as (W, b) or as (x, -η δ).
 Step = dict[nn.Linear, tuple[Tensor, Tensor]]
 
 
@@ -376,8 +384,8 @@ def adapted(policy: Policy, steps: list[Step]) -> Iterator[dict[nn.Linear, tuple
     """
     seen = {}
 
-    def add_steps(layer: nn.Linear, args: tuple[Tensor], y: Tensor) -> Tensor:
-        x = args[0]
+    def add_steps(layer: nn.Linear, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+        (x,) = inputs
         for step in steps:
             if x.dim() == 2:  # (T, in): one row a task
                 x_k, step_k = step[layer]
@@ -418,10 +426,13 @@ def log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
 def inner_step(
     policy: Policy, theta: dict[str, Tensor], steps: list[Step], batch: Batch, args: Args
 ) -> Step:
-    """-η ∇L_i with L_i = -mean Â log π_{θ_i}(a|s) of each task, Eq. 15, as a function of θ."""
+    """-η ∇L_i with L_i = -mean Â log π_{θ_i}(a|s) of each task, as a function of θ.
+
+    Eq. 15 with the mean over an episode's steps in place of the sum (released).
+    """
     with adapted(policy, steps) as seen, torch.enable_grad():
-        outputs = functional_call(policy, theta, (batch.context, batch.obs))
-        loss = -(batch.weight * batch.advantage * log_prob(*outputs, batch.action)).sum()
+        mean, log_std = functional_call(policy, theta, (batch.context, batch.obs))
+        loss = -(batch.weight * batch.advantage * log_prob(mean, log_std, batch.action)).sum()
     graph = any(parameter.requires_grad for parameter in theta.values())
     deltas = torch.autograd.grad(loss, [y for _, y in seen.values()], create_graph=graph)
     step = {}
@@ -482,9 +493,11 @@ def sample(
             mean = policy.dynamic(task, torch.from_numpy(all_obs[t]).to(args.device))
             noise = rng.standard_normal((T, E, action_dim), dtype=np.float32)
             action = (mean + log_std.exp() * torch.from_numpy(noise).to(args.device)).cpu().numpy()
-            for i in np.flatnonzero(~np.isfinite(action).all((1, 2))):
-                task_i = f"task {i} (goal {envs.goals[i]:g})"
-                stop(f"the adapted policy of {task_i} is not finite: lower --inner-lr", code=1)
+            finite = np.isfinite(action).all((1, 2))
+            if not finite.all():
+                which = f"task {finite.argmin()} (goal {envs.goals[finite.argmin()]:g})"
+                hint = ", lower --inner-lr" if steps else ""
+                stop(f"the policy of {which} is not finite after {len(steps)} inner steps{hint}", 1)
             all_actions[t] = action
             action = action.reshape(T * E, -1).clip(low, high)
             obs, reward, terminated, truncated, _ = envs.step(action)
@@ -504,7 +517,8 @@ def sample(
     return Batch(context, *tensors), reward.sum(-1)
 
 
-# Samples that go through a policy at once. It bounds the memory; these are the fastest (measured).
+# Samples that go through a policy at once. It bounds the memory; few of them stay in the cache, but
+# the primary network runs once a chunk.
 CHUNK = {"vanilla": 4_000, "context": 4_000, "hyper": 20_000}
 
 
@@ -552,8 +566,10 @@ def adapt_and_sample(
         returns.append(batch_returns)
     post, batch_returns = sample(policy, steps, envs, rng, args)
     returns.append(batch_returns)
-    phases = {"pre": returns[0].mean(1), "post": returns[-1].mean(1)}
-    return Episodes(pre, post, steps, phases if args.num_adapt_steps else {"pre": phases["pre"]})
+    phases = {"pre": returns[0].mean(1)}
+    if steps:
+        phases["post"] = returns[-1].mean(1)
+    return Episodes(pre, post, steps, phases)
 
 
 class Chunk(NamedTuple):
@@ -642,7 +658,7 @@ def fisher_product(
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-10
 ) -> Tensor:
-    """x with product(x) = b, for a product with a symmetric, positive definite matrix."""
+    """x with product(x) = b, about, for a product with a symmetric, positive definite matrix."""
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     r_dot_r = r.dot(r)
     for _ in range(iterations):
@@ -668,9 +684,10 @@ def line_search(
 
     before, _ = measure(theta)
     for k in range(args.line_search_steps):
-        surrogate, kl = measure(theta + 0.8**k * step)
+        candidate = theta + 0.8**k * step
+        surrogate, kl = measure(candidate)
         if surrogate > before and kl <= args.max_kl:
-            vector_to_parameters(theta + 0.8**k * step, policy.parameters())
+            vector_to_parameters(candidate, policy.parameters())
             return {"surrogate": surrogate - before, "kl": kl, "step_size": 0.8**k}
     return {"surrogate": 0.0, "kl": 0.0, "step_size": 0.0}
 
@@ -678,7 +695,7 @@ def line_search(
 def update(policy: Policy, episodes: Episodes, args: Args) -> dict[str, float]:
     """One TRPO step of θ on the surrogate; what it came to."""
     theta = parameters_to_vector(policy.parameters()).detach()
-    steps = episodes.steps if args.first_order or args.num_adapt_steps == 0 else None
+    steps = episodes.steps if args.first_order else None
     share = 1 / len(episodes.post.obs)
     chunks = []
     for tasks in split_tasks(episodes.post, args):
@@ -719,13 +736,14 @@ def record_video(policy: Policy, steps: list[Step], goal: float, args: Args, fil
     context = torch.tensor([[goal]], dtype=torch.float32, device=args.device)
     obs, _ = env.reset(seed=args.seed + 100)
     done = False
-    while not done:
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device).view(1, 1, -1)
-        with torch.no_grad(), adapted(policy, take_steps(steps, slice(1))):
-            action = policy(context, obs)[0].flatten().cpu().numpy()
-        action = action.clip(env.action_space.low, env.action_space.high)
-        obs, _, terminated, truncated, _ = env.step(action)
-        done = terminated or truncated
+    with torch.no_grad(), adapted(policy, take_steps(steps, slice(1))):
+        task, _ = policy.generate(context)
+        while not done:
+            obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device).view(1, 1, -1)
+            action = policy.dynamic(task, obs).flatten().cpu().numpy()
+            action = action.clip(env.action_space.low, env.action_space.high)
+            obs, _, terminated, truncated, _ = env.step(action)
+            done = terminated or truncated
     env.close()
 
 
@@ -762,7 +780,7 @@ if __name__ == "__main__":
     if args.track:
         track(run_dir, args)
     threading.excepthook = thread_failed
-    writer = SummaryWriter(run_dir, purge_step=iteration + 1 if checkpoint else 0)
+    writer = SummaryWriter(run_dir, purge_step=iteration)
     del checkpoint
     terminal = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")
     bar = tqdm(initial=iteration, total=args.num_iterations, smoothing=0, file=terminal)
@@ -811,9 +829,7 @@ if __name__ == "__main__":
         # Learn: one TRPO step of θ on all tasks
         losses = update(policy, episodes, args)
         check_finite(iteration, **losses)
-        iteration += 1
         env_steps += sum((b.weight > 0).sum().item() for b in [*episodes.pre, episodes.post])
-        bar.update()
         for name, value in losses.items():
             writer.add_scalar(f"losses/{name}", value, iteration)
         for phase, returns in episodes.returns.items():
@@ -821,6 +837,8 @@ if __name__ == "__main__":
         writer.add_scalar("charts/env_steps", env_steps, iteration)
         sps = (env_steps - first_env_steps) / bar.format_dict["elapsed"]
         writer.add_scalar("charts/SPS", sps, iteration)
+        iteration += 1
+        bar.update()
 
     write(run_dir / f"step_{iteration}.pt", policy.state_dict())
     writer.close()

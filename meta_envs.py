@@ -20,7 +20,9 @@ from gymnasium.vector.utils import batch_space
 
 FRAME_SKIP = 5  # simulation steps of one environment step
 HORIZON = 200  # environment steps of an episode (released)
-RESET_NOISE = 0.1  # half width of the uniform noise on qpos, std of the normal noise on qvel
+RESET_NOISE = (
+    0.1  # half width of the uniform noise on qpos, std of the normal one on qvel (released)
+)
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,6 @@ class Family:
     bonus: float
     """added to the reward of every step"""
 
-    def sample_goals(self, num: int, rng: np.random.Generator, split: str) -> np.ndarray:
-        goals = self.train if split == "train" else self.test
-        if self.velocity:
-            return rng.uniform(*goals, num)
-        return rng.permutation(np.resize(goals, num))  # as many of the one as of the other
-
     def reward(self, goal: np.ndarray, v: np.ndarray, action: np.ndarray) -> np.ndarray:
         """goal (...), v (...), action (..., action) -> (...)"""
         progress = -abs(v - goal) if self.velocity else goal * v
@@ -60,11 +56,14 @@ class Family:
 
     def fallen(self, qpos: np.ndarray) -> np.ndarray:
         """qpos (..., nq) -> (...): the ant's torso has left [0.2, 1.0] m; a cheetah never falls."""
+        if self.robot != "ant":
+            return np.zeros(qpos.shape[:-1], dtype=bool)
         z = qpos[..., 2]
-        return (self.robot == "ant") & ~((0.2 <= z) & (z <= 1.0))
+        return ~((0.2 <= z) & (z <= 1.0))
 
 
 BOTH, RANGE = (-1.0, 1.0), (0.0, 3.0)
+# The released rewards without the contact cost, which MuJoCo 2 and later left at zero.
 # fmt: off
 FAMILIES = {  # robot, train goals, test goals, velocity, cost of |c|², bonus
     "HalfCheetahFwdBack-v0":   Family("half_cheetah", BOTH,       BOTH,       False, 0.05,  0.0),
@@ -91,7 +90,11 @@ def sample_goals(
         raise ValueError(f"split must be train or test, not {split!r}")
     if num < 1:
         raise ValueError(f"the number of goals must be at least 1, not {num}")
-    return get_family(env_id).sample_goals(num, rng, split)
+    family = get_family(env_id)
+    goals = family.train if split == "train" else family.test
+    if family.velocity:
+        return rng.uniform(*goals, num)
+    return rng.permutation(np.resize(goals, num))  # as many of the one as of the other
 
 
 def check_goals(env_id: str, goals) -> np.ndarray:
@@ -165,8 +168,8 @@ class MetaVectorEnv(gym.vector.VectorEnv):
     simulation that diverges ends as terminated in its last good state, the others go on.
 
     A thread loads a simulation's qpos, qvel, warm start and control into its MjData, steps it and
-    reads them back. (`mujoco.rollout` has no way to hand on the solver's warm start, without which
-    a trajectory departs from Gymnasium's within an episode.)
+    reads them back. (`mujoco.rollout` does not give the solver's warm start back, without which a
+    trajectory departs from Gymnasium's within an episode.)
 
     num_threads: None is one a core. Raises ValueError for an unknown id or numbers below 1.
     """
@@ -211,7 +214,7 @@ class MetaVectorEnv(gym.vector.VectorEnv):
         )
         self.elapsed = np.zeros(self.num_envs, dtype=np.int64)
         self.terminated = np.zeros(self.num_envs, dtype=bool)
-        self.truncated = np.zeros(self.num_envs, dtype=bool)
+        self.truncated = np.ones(self.num_envs, dtype=bool)  # until the first reset
         self.data = [mujoco.MjData(self.model) for _ in range(num_threads)]
         self.pool = ThreadPoolExecutor(num_threads)
 
@@ -245,23 +248,26 @@ class MetaVectorEnv(gym.vector.VectorEnv):
             mujoco.mj_getState(self.model, data, row, self.parts)
 
     def step(self, actions: np.ndarray):
-        """actions (num_envs, action) -> obs (num_envs, obs), reward, terminated, truncated, {}"""
+        """actions (num_envs, action) -> obs (num_envs, obs), reward, terminated, truncated, info"""
+        actions = np.asarray(actions)
+        if actions.shape != self.action_space.shape:
+            raise ValueError(f"actions must be {self.action_space.shape}, not {actions.shape}")
         live = ~(self.terminated | self.truncated)
         before = self.state.copy()
         self.control[:] = actions
         shares = np.array_split(np.flatnonzero(live), len(self.data))
         list(self.pool.map(self.simulate, self.data, shares))
 
-        bad = diverged(self.state)
+        bad = diverged(self.state[:, : -self.model.nu])
         self.state[bad] = before[bad]
         v = (self.qpos[:, 0] - before[:, 0]) / self.dt
         goals = np.repeat(self.goals, self.episodes_per_goal)
-        reward = np.where(live, self.family.reward(goals, v, np.asarray(actions)), 0.0)
+        reward = np.where(live, self.family.reward(goals, v, actions), 0.0)
         self.elapsed += live
         self.terminated |= live & (bad | self.family.fallen(self.qpos))
         self.truncated |= live & (self.elapsed >= self.horizon)
         obs = self.family.observe(self.qpos, self.qvel)
-        return obs, reward, self.terminated.copy(), self.truncated.copy(), {}
+        return obs, reward, self.terminated.copy(), self.truncated.copy(), {"x_velocity": v}
 
     def close_extras(self, **kwargs) -> None:
         self.pool.shutdown()

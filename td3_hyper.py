@@ -141,12 +141,14 @@ def parse_args() -> Args:
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not least <= value < math.inf:
-                stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+                stop(f"--{name.replace('_', '-')} {value}: must be a number of at least {least}")
     for name in ("gamma", "tau"):
         if not 0 <= getattr(args, name) <= 1:
             stop(f"--{name} {getattr(args, name)}: must be in [0, 1]")
     if args.learning_starts >= args.total_timesteps:
         stop(f"--learning-starts {args.learning_starts}: must be below --total-timesteps")
+    if args.seed >= 2**32:
+        stop(f"--seed {args.seed}: must be below 2**32")
     if not args.primary_widths or min(args.primary_widths) < 1:
         stop("--primary-widths: must be one or more integers of at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -187,6 +189,7 @@ def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
     config_file, summary_file = run_dir / "config.json", run_dir / "summary.json"
     packages = ("torch", "gymnasium", "mujoco", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
+    versions["threads"] = torch.get_num_threads()
     config = {"args": dataclasses.asdict(args), "versions": versions, "git_commit": git_commit()}
     config = json.loads(json.dumps(config))
     try:
@@ -206,11 +209,11 @@ def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
         try:
             old_config = json.loads(config_file.read_text())
             old, old_versions = old_config["args"], old_config["versions"]
+            extended = old["total_timesteps"] < config["args"]["total_timesteps"]
         except (OSError, ValueError, KeyError, TypeError):
             stop(f"{config_file} is missing or damaged; --overwrite starts afresh")
         new = config["args"]
         differ = [name for name in new if name not in FREE_ARGS and old.get(name) != new[name]]
-        extended = old.get("total_timesteps", 0) < new["total_timesteps"]
         if extended and "total_timesteps" in differ:
             differ.remove("total_timesteps")
         if differ:

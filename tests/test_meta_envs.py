@@ -170,6 +170,32 @@ def test_slots_are_goal_major():
     np.testing.assert_allclose(reversed_reward, reward[::-1])
 
 
+def test_actions_of_another_shape_are_refused():
+    envs = MetaVectorEnv("HalfCheetahVel-v0", [1.0], 4)
+    envs.reset(seed=0)
+    for shape in ((6,), (4, 1), (4, 7), (3, 6)):
+        with pytest.raises(ValueError, match=r"actions must be \(4, 6\)"):
+            envs.step(np.zeros(shape))
+
+
+def test_nothing_moves_before_the_first_reset():
+    envs = MetaVectorEnv("HalfCheetahVel-v0", [1.0], 4)
+    _, reward, _, truncated, _ = envs.step(np.ones((4, 6)))
+    assert truncated.all() and (reward == 0).all() and (envs.qpos == 0).all()
+
+
+def test_a_control_out_of_bounds_is_clamped_by_mujoco_and_charged_in_full():
+    envs = MetaVectorEnv("HalfCheetahVel-v0", [1.0], 1)
+    envs.reset(seed=0)
+    single = gym.make("HalfCheetahVel-v0", goal=1.0)
+    assert_at(single, envs, 0)
+    actions = np.full((1, 6), 1e11)
+    obs, reward, terminated, *_ = envs.step(actions)
+    one = single.step(actions[0])
+    np.testing.assert_array_equal(obs[0], one[0])
+    assert reward[0] == one[1] < -1e20 and not terminated[0] and not one[2]
+
+
 def test_seeds_and_slots_have_noise_of_their_own():
     def start(seed, **options):
         envs = MetaVectorEnv("AntVel-v0", [1.0, 2.0], 2)

@@ -273,10 +273,23 @@ def test_eval_csv_is_cut_back_to_the_checkpoint(run_main):
     assert "99999" not in (RUN_DIR / "eval.csv").read_text()
 
 
-def test_a_damaged_config_is_an_error(run_main):
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", '{"args": [], "versions": {}}', '{"args": {"total_timesteps": null}}'],
+)
+def test_a_damaged_config_is_an_error(run_main, content):
     assert run_main(SCRIPT, *small(200)).code == 0
-    (RUN_DIR / "config.json").write_text("{")
+    (RUN_DIR / "config.json").write_text(content)
     assert_refused(run_main(SCRIPT, *small(200)), "config.json", "--overwrite")
+
+
+def test_another_number_of_threads_is_said(run_main):
+    assert run_main(SCRIPT, *small(200)).code == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    finished = run_main(SCRIPT, *small(300))
+    torch.set_num_threads(threads)
+    assert finished.code == 0 and f"'threads': {threads}" in finished.err
 
 
 def test_checkpoints_hold_everything_and_load_with_weights_only(run_main):
@@ -306,6 +319,7 @@ PENDULUM = ["--env-id", "InvertedPendulum-v4"]
         (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
         (["--batch-size", "-5"], ["--batch-size -5", "at least 1"]),
         (["--seed", "-1"], ["--seed -1", "at least 0"]),
+        (["--seed", str(2**32)], ["--seed 4294967296", "below 2**32"]),
         (["--actor-lr", "nan"], ["--actor-lr nan"]),
         (["--gamma", "1.5"], ["--gamma 1.5", "[0, 1]"]),
         (["--tau", "-0.1"], ["--tau -0.1", "[0, 1]"]),

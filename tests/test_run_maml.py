@@ -138,6 +138,16 @@ def test_a_larger_number_of_iterations_extends_a_run_and_seeds_differ(run_main):
         assert_equal(other, torch.load(RUN_DIR / "step_4.pt", weights_only=True))
 
 
+def test_tensorboard_of_a_resumed_run_is_that_of_one_never_stopped(run_main):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for total in (2, 5):
+        assert run_main(SCRIPT, *small(total), "--eval-every", 3).code == 0
+    events = EventAccumulator(str(RUN_DIR)).Reload()
+    assert [e.step for e in events.Scalars("eval/test_post_return")] == [0, 3, 5]
+    assert [e.step for e in events.Scalars("losses/kl")] == [0, 1, 2, 3, 4]
+
+
 def test_how_often_it_evaluates_does_not_change_the_training(run_main):
     assert run_main(SCRIPT, *small(3), "--runs-dir", "often").code == 0
     assert run_main(SCRIPT, *small(3), "--eval-every", 3, "--eval-episodes", 5).code == 0
@@ -167,6 +177,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_main):
         (["--horizon", -1], ["--horizon -1", "at least 1"]),
         (["--num-adapt-steps", -1], ["--num-adapt-steps -1", "at least 0"]),
         (["--inner-lr", "nan"], ["--inner-lr nan"]),
+        (["--max-kl", 0], ["--max-kl 0", "above 0"]),
+        (["--seed", 2**32], ["--seed 4294967296", "below 2**32"]),
         (["--gamma", 1.1], ["--gamma 1.1", "[0, 1]"]),
         (["--gae-lambda", -1], ["--gae-lambda -1", "[0, 1]"]),
         (["--primary-widths", 0], ["--primary-widths"]),
@@ -181,7 +193,7 @@ def test_bad_use_is_one_line_and_leaves_nothing_behind(run_main, tmp_path, args,
 @pytest.mark.parametrize("inner_lr", [1e10, 1e30])
 def test_an_inner_step_that_explodes_names_the_task(run_main, inner_lr):
     finished = run_main(SCRIPT, *small(2), "--inner-lr", inner_lr)
-    assert_refused(finished, "--inner-lr", "is not finite", code=1)
+    assert_refused(finished, "--inner-lr", "is not finite after 1 inner step", code=1)
     assert re.search(r"task \d+ \(goal -?1\)", finished.err)
     assert not (RUN_DIR / "summary.json").exists() and not list(RUN_DIR.glob("*.pt"))
 

@@ -1,0 +1,190 @@
+"""How noisy the meta-updates of MAML are (paper, Sec. 4.2, Fig. 5), in runs of maml_hyper.py.
+
+    python maml_hyper.py --model hyper --save-every 100
+    python analysis/gradient_noise.py runs/maml_hyper/HalfCheetahFwdBack-v0 --out results
+
+From each of 4 stored policies of a run it makes 50 updates, each from the same policy but on
+episodes of its own, with the run's goals and hyperparameters, and evaluates each updated policy on
+the test goals, always from the same starts and with the same action noise. How far the 50 returns
+spread stands for the noise of the gradient.
+
+Writes gradient_noise.csv, a row an update, and for each family a violin plot of the models side by
+side. The same command again measures only what the table lacks.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import maml_hyper  # noqa: E402
+from maml_hyper import stop  # noqa: E402
+from meta_envs import MetaVectorEnv, sample_goals  # noqa: E402
+
+KEY = ["env_id", "model", "seed", "iteration", "update"]
+COLUMNS = [*KEY, "pre_return", "post_return", "kl"]
+COLOURS = {"vanilla": "#e69f00", "context": "#d55e00", "hyper": "#0072b2"}  # Okabe and Ito's
+
+
+@dataclass
+class Args:
+    """Measure the noise of the meta-updates."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run directories of maml_hyper.py with their step_N.pt, or folders of them"""
+    out: Path = Path("results")
+    """folder of the table and the pictures"""
+    num_checkpoints: int = 4
+    """stored policies of a run, evenly spread over what it has (paper)"""
+    num_updates: int = 50
+    """independent updates from each stored policy (paper)"""
+
+
+def find_runs(folders: tuple[Path, ...]) -> dict[Path, maml_hyper.Args]:
+    """Directory and arguments of each run; ends here if there is none or one will not do."""
+    runs = {}
+    for folder in folders:
+        configs = sorted(folder.rglob("config.json"))
+        if not configs:
+            stop(f"{folder}: no run of maml_hyper.py there, a directory with a config.json")
+        for config in configs:
+            try:
+                args = maml_hyper.Args(**json.loads(config.read_text())["args"])
+            except (OSError, ValueError, KeyError, TypeError):
+                stop(f"{config} does not hold the arguments of a run of maml_hyper.py")
+            if not list(config.parent.glob("step_*.pt")):
+                stop(f"{config.parent}: no step_N.pt there, train with --save-every")
+            runs[config.parent] = args
+    return runs
+
+
+def chosen_iterations(run_dir: Path, num: int) -> list[int]:
+    """The N of `num` of its step_N.pt, evenly spread, or of all."""
+    saved = sorted(int(file.stem.removeprefix("step_")) for file in run_dir.glob("step_*.pt"))
+    places = np.linspace(0, len(saved) - 1, min(num, len(saved))).round().astype(int)
+    return [saved[place] for place in places]
+
+
+class Run:
+    """The tasks of a run, as maml_hyper.py draws them from its seed, and its policy's shape."""
+
+    def __init__(self, args: maml_hyper.Args):
+        self.args, rng = args, np.random.default_rng(args.seed)
+        self.train_goals = sample_goals(args.env_id, args.num_train_goals, rng, "train")
+        test_goals = sample_goals(args.env_id, args.num_test_goals, rng, "test")
+        simulation = (torch.get_num_threads(), args.horizon)
+        goals = self.train_goals[: args.meta_batch_size]
+        self.envs = MetaVectorEnv(args.env_id, goals, args.episodes_per_goal, *simulation)
+        self.test_envs = MetaVectorEnv(args.env_id, test_goals, args.eval_episodes, *simulation)
+        spaces = self.envs.single_observation_space, self.envs.single_action_space
+        self.policy = maml_hyper.Policy(*(space.shape[0] for space in spaces), args)
+        self.policy.to(args.device)
+
+    def measure(self, weights: dict, iteration: int, update: int) -> tuple[float, float, float]:
+        """(return before adaptation, after it, KL) of one update from the stored weights."""
+        self.policy.load_state_dict(weights)
+        rng = np.random.default_rng([self.args.seed, iteration, update])
+        goals = rng.choice(self.train_goals, self.args.meta_batch_size, replace=False)
+        self.envs.set_goals(goals)
+        episodes = maml_hyper.adapt_and_sample(self.policy, self.envs, rng, self.args)
+        result = maml_hyper.update(self.policy, episodes, self.args)
+        maml_hyper.check_finite(iteration, **result)
+        eval_rng = np.random.default_rng(self.args.seed + 100)
+        test = maml_hyper.adapt_and_sample(self.policy, self.test_envs, eval_rng, self.args)
+        returns = test.returns["pre"].mean(), test.returns.get("post", test.returns["pre"]).mean()
+        return (*returns, result["kl"])
+
+
+def read_table(file: Path) -> list[tuple]:
+    """The rows measured so far."""
+    if not file.exists():
+        return []
+    try:
+        return list(pd.read_csv(file)[COLUMNS].itertuples(index=False, name=None))
+    except (OSError, ValueError, KeyError):
+        stop(f"{file} is not a table of this script, choose another --out")
+
+
+def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
+    """A violin a model and checkpoint, before and after adaptation; the updates of all seeds."""
+    models = [model for model in COLOURS if model in set(table.model)]
+    iterations = sorted(table.iteration.unique())
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    for axis, phase in zip(axes, ("pre", "post")):
+        for i, model in enumerate(models):
+            rows = table[table.model == model]
+            for place, iteration in enumerate(iterations):
+                values = rows[rows.iteration == iteration][f"{phase}_return"]
+                if values.empty:
+                    continue
+                position = [place + (i - (len(models) - 1) / 2) * 0.8 / len(models)]
+                width = 0.7 / len(models)
+                violin = axis.violinplot(values, position, widths=width, showmeans=True)
+                for part in [*violin["bodies"], *(violin[k] for k in violin if k != "bodies")]:
+                    part.set_color(COLOURS[model])
+            axis.plot([], [], color=COLOURS[model], linewidth=6, alpha=0.5, label=model)
+        axis.set_xticks(range(len(iterations)), iterations)
+        axis.set_xlabel("iterations of training before the update")
+        axis.set_title("before adaptation" if phase == "pre" else "after adaptation")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("return of the updated policy")
+    axes[0].legend(frameon=False)
+    figure.suptitle(f"Independent updates of the same policy, {env_id}")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(args: Args) -> None:
+    for name in ("num_checkpoints", "num_updates"):
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    runs = find_runs(args.runs)
+    table_file = args.out / "gradient_noise.csv"
+    rows = read_table(table_file)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--out {args.out}: cannot write there: {error}")
+    maml_hyper.fast_matmul()
+    for run_dir, run_args in runs.items():
+        run = None
+        for iteration in chosen_iterations(run_dir, args.num_checkpoints):
+            key = (run_args.env_id, run_args.model, run_args.seed, iteration)
+            measured = {row[4] for row in rows if row[:4] == key}
+            todo = [update for update in range(args.num_updates) if update not in measured]
+            if not todo:
+                continue
+            run = run or Run(run_args)
+            file = run_dir / f"step_{iteration}.pt"
+            try:
+                weights = torch.load(file, weights_only=True, map_location=run_args.device)
+                run.policy.load_state_dict(weights)
+            except maml_hyper.LOAD_ERRORS as error:
+                stop(f"{file} does not hold the policy of {run_dir / 'config.json'}: {error}")
+            for update in tqdm(todo, desc=" ".join(map(str, key)), disable=None):
+                rows.append((*key, update, *run.measure(weights, iteration, update)))
+                table = pd.DataFrame(sorted(rows), columns=COLUMNS)
+                maml_hyper.write(table_file, table.to_csv(index=False, float_format="%.6g"))
+            new = [row[6] for row in rows if row[:4] == key]
+            print(
+                f"{run_dir} step {iteration}: {np.mean(new):.1f}, std {np.std(new):.1f}", flush=True
+            )
+    for env_id, table in pd.DataFrame(rows, columns=COLUMNS).groupby("env_id"):
+        plot(env_id, table, args.out / f"gradient_noise_{env_id}.png")
+    print(f"{table_file} has {len(rows)} updates")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
