@@ -528,7 +528,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         filled = [data[:added].clone() for data, added in zip(self.data, self.added)]
-        return {"data": filled, "added": self.added}
+        return {"data": filled, "added": list(self.added)}
 
     def load_state_dict(self, state: dict) -> None:
         self.data = [data.to(self.data[0].device) for data in state["data"]]
