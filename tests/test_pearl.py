@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, start
-from test_run import assert_equal, assert_refused, damage, files
+from test_run import assert_equal, assert_refused, can_render, damage, files
 from test_shared import top_level
 from test_td3 import graph_of
 from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
@@ -594,12 +594,26 @@ def test_a_larger_number_of_iterations_extends_a_run_and_a_damaged_checkpoint_fa
     assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]))
 
 
-def test_checkpoint_and_video_settings_change_no_result(run_main):
+def test_how_often_it_saves_changes_no_result(run_main):
     assert run_main(SCRIPT, *small(3)).code == 0
     options = ["--checkpoint-every", 2, "--save-every", 1, "--runs-dir", "other"]
     assert run_main(SCRIPT, *small(3), *options).code == 0
     assert_same_run(RUN_DIR, Path("other", *RUN_DIR.parts[1:]))
     assert len(list(Path("other").rglob("step_*.pt"))) == 4
+
+
+def test_capture_video_writes_an_mp4_of_each_evaluation_and_changes_no_result(tmp_path):
+    if not can_render():
+        pytest.skip("no OpenGL here: apt-get install libegl1 libgl1-mesa-dri")
+    for extra, folder in (([], "plain"), (["--capture-video"], "filmed")):
+        (tmp_path / folder).mkdir()
+        process = start(SCRIPT, *small(1), *extra, cwd=tmp_path / folder)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    assert_same_run(tmp_path / "filmed" / RUN_DIR, tmp_path / "plain" / RUN_DIR)
+    videos = sorted((tmp_path / "filmed" / RUN_DIR / "videos").glob("*.mp4"))
+    names = [f"iteration_{i}-episode-0.mp4" for i in (0, 1)]
+    assert [video.name for video in videos] == names
 
 
 @pytest.mark.parametrize("env_id", FAMILIES)
