@@ -302,6 +302,22 @@ def test_one_update_moves_everything_and_the_target_by_tau(model, context):
         assert not torch.equal(old, new), name
 
 
+@MODELS
+def test_the_plain_update_that_speed_is_measured_against_is_the_same_update(model, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "analysis")
+    from speed_pearl import plain_update
+
+    agent, args = make_agent(model=model)
+    twin = copy.deepcopy(agent)
+    inputs = (*make_batch(args), args)
+    update(agent, make_optimizers(agent, args), *inputs)
+    plain_update(twin, make_optimizers(twin, args), *inputs)
+    for p, q in zip(agent.parameters(), twin.parameters()):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(agent.target, twin.target)
+
+
 def test_the_oracle_is_the_goal_with_no_encoder_and_no_kl():
     agent, args = make_agent(context="oracle")
     batch, z_noise, _ = make_batch(args)
