@@ -33,8 +33,8 @@ def folder(tmp_path):
     return tmp_path / "a lab"
 
 
-def benchmark(*args: object, cwd: Path, **options) -> Finished:
-    command = [str(BENCHMARK), *map(str, args)]
+def benchmark(*args: object, cwd: Path, script: Path = BENCHMARK, **options) -> Finished:
+    command = [str(script), *map(str, args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, **(OPTIONS | options))
     return Finished(done.returncode, done.stdout, done.stderr)
 
@@ -105,15 +105,21 @@ FOUR = (
 
 
 def test_smoke_runs_learn_evaluate_and_complete_pasted_and_launched(folder):
-    states, _ = dry_run("--smoke", "--only", FOUR, cwd=folder)
+    project = folder / "its copy"
+    project.mkdir()
+    for file in (*ROOT.glob("*.py"), BENCHMARK):
+        shutil.copy(file, project)
+    options = {"cwd": folder, "script": project / "benchmark.sh"}
+    states, _ = dry_run("--smoke", "--only", FOUR, **options)
     assert [state for state in states.values()] == ["not started"] * 4
+    assert all(f"python '{project}/" in command for command in states)
     pasted = next(command for command in states if "td3" in command)
     subprocess.run(["bash", "-c", pasted], cwd=folder, check=True, **OPTIONS)
 
-    finished = benchmark("--smoke", "--only", FOUR, "--jobs", 2, cwd=folder)
+    finished = benchmark("--smoke", "--only", FOUR, "--jobs", 2, **options)
     assert finished.code == 0, finished
     assert finished.out.count("start ") == 3 and "4 runs: 4 complete" in finished.out
-    again = benchmark("--smoke", "--only", FOUR, cwd=folder)
+    again = benchmark("--smoke", "--only", FOUR, **options)
     assert again.code == 0 and again.out.startswith("# 4 runs: 4 complete")
 
     summaries = sorted((folder / "runs/smoke").rglob("summary.json"))
@@ -332,6 +338,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 ReturnToService=2
 KillWait=2
+JobRequeue=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 PreemptType=preempt/partition_prio
