@@ -236,6 +236,9 @@ if [[ $dry_run || ${#todo[@]} == 0 ]]; then
     echo "# $(total)"
     exit
 fi
+if [[ $slurm ]]; then
+    queue=$(squeue --me --noheader --array --format='%F %K' 2>&1) || stop "squeue: $queue"
+fi
 for i in "${todo[@]}"; do
     mkdir -p "${log[i]%/*}" 2>/dev/null || stop "--runs-dir: cannot write ${log[i]%/*}"
 done
@@ -245,7 +248,6 @@ if [[ $slurm ]]; then
     mkdir -p "$folder"
     # Pending and running tasks of earlier submissions, whose lists are in this folder.
     declare -A queued=()
-    queue=$(squeue --me --noheader --array --format='%F %K' 2>&1) || stop "squeue: $queue"
     while read -r job task; do
         [[ -e $folder/$job.tasks ]] || continue
         task=$(sed -n "${task}p" "$folder/$job.tasks")

@@ -57,16 +57,16 @@ def wait_until(condition, seconds: float = 120):
     return result
 
 
-def processes(marker: Path) -> list[str]:
+def processes(marker: Path) -> dict[int, str]:
     """Command lines of the living processes that have `marker` for their working directory."""
-    found = []
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if (process / "cwd").readlink() == marker:
-                found.append((process / "cmdline").read_text().replace("\0", " "))
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
         except OSError:  # it ended
             continue
-    return [command for command in found if command]  # a dead one waiting for its parent has none
+    return {pid: command for pid, command in found.items() if command}  # a zombie has none
 
 
 def test_the_dry_run_lists_the_445_runs_of_the_paper_and_writes_nothing(folder):
@@ -205,18 +205,20 @@ def test_no_process_outlives_the_script(folder, tmp_path, end):
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
         env=OPTIONS["env"] | {"PATH": f"{tmp_path / 'bin'}:{path}"},
     )
-    wait_until(lambda: sum("sleep 1000" in command for command in processes(folder)) == 2)
-    if end == signal.SIGINT:
-        os.killpg(process.pid, end)  # as a terminal does
-    else:
-        process.send_signal(end)
-    _, err = process.communicate()
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(end, -end), err
-    wait_until(lambda: not processes(folder), 5)
+    try:
+        wait_until(lambda: str(processes(folder)).count("sleep 1000") == 2)
+        if end == signal.SIGINT:
+            os.killpg(process.pid, end)  # as a terminal does
+        else:
+            process.send_signal(end)
+        code = {signal.SIGINT: 130, signal.SIGTERM: 143}.get(end, -end)
+        assert process.wait() == code
+        wait_until(lambda: not processes(folder), 5)
+    finally:
+        for pid in processes(folder):
+            os.kill(pid, signal.SIGKILL)
     assert not any("failed" in log.read_text() for log in folder.rglob("*.log"))
 
 
