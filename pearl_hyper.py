@@ -87,8 +87,8 @@ class Args:
     dynamic_width: int = 256
     """hidden units of the dynamic networks of hyper (paper, Sec. 2)"""
     hyper_init: Literal["paper", "small-output", "released"] = "released"
-    """start of the dynamic weights: released, the small constants of the authors' code; paper, like
-    Kaiming-uniform; small-output, as paper with a small output layer"""
+    """start of the dynamic weights of hyper (paper, Sec. 5.2): released, the small constants of the
+    authors' code; paper, like Kaiming-uniform; small-output, as paper with a small output layer"""
     latent_dim: int = 5
     """dimensions of the learned z (released)"""
     kl_weight: float = 0.1
@@ -181,10 +181,12 @@ def parse_args() -> Args:
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not least <= value < math.inf:
-                stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+                stop(f"--{name.replace('_', '-')} {value}: must be a number of at least {least}")
     for name in ("gamma", "tau"):
         if not 0 <= getattr(args, name) <= 1:
             stop(f"--{name} {getattr(args, name)}: must be in [0, 1]")
+    if args.seed >= 2**32:
+        stop(f"--seed {args.seed}: must be below 2**32")
     if not args.primary_widths or min(args.primary_widths) < 1:
         stop("--primary-widths: must be one or more integers of at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -230,6 +232,7 @@ def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
     config_file, summary_file = run_dir / "config.json", run_dir / "summary.json"
     packages = ("torch", "gymnasium", "mujoco", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
+    versions["threads"] = torch.get_num_threads()
     config = {"args": dataclasses.asdict(args), "versions": versions, "git_commit": git_commit()}
     config = json.loads(json.dumps(config))
     try:
@@ -249,11 +252,11 @@ def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
         try:
             old_config = json.loads(config_file.read_text())
             old, old_versions = old_config["args"], old_config["versions"]
+            extended = old["num_iterations"] < config["args"]["num_iterations"]
         except (OSError, ValueError, KeyError, TypeError):
             stop(f"{config_file} is missing or damaged; --overwrite starts afresh")
         new = config["args"]
         differ = [name for name in new if name not in FREE_ARGS and old.get(name) != new[name]]
-        extended = old.get("num_iterations", 0) < new["num_iterations"]
         if extended and "num_iterations" in differ:
             differ.remove("num_iterations")
         if differ:
@@ -826,7 +829,7 @@ if __name__ == "__main__":
     if args.track:
         track(run_dir, args)
     threading.excepthook = thread_failed
-    writer = SummaryWriter(run_dir, purge_step=iteration + 1 if checkpoint else 0)
+    writer = SummaryWriter(run_dir, purge_step=iteration)
     del checkpoint  # the replay buffers' memory
     terminal = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")
     bar = tqdm(initial=iteration, total=args.num_iterations, smoothing=0, file=terminal)
@@ -893,13 +896,13 @@ if __name__ == "__main__":
             total = total + torch.stack([*losses.values()])
         losses = dict(zip(losses, (total / args.num_train_steps).tolist()))  # one host sync
         check_finite(iteration, **losses)
-        iteration += 1
-        bar.update()
         for name, value in losses.items():
             writer.add_scalar(f"losses/{name}", value, iteration)
         writer.add_scalar("charts/env_steps", env_steps, iteration)
         sps = (env_steps - first_env_steps) / bar.format_dict["elapsed"]
         writer.add_scalar("charts/SPS", sps, iteration)
+        iteration += 1
+        bar.update()
 
     write(run_dir / f"step_{iteration}.pt", agent.state_dict())
     writer.close()

@@ -53,14 +53,14 @@ RUN = ["env_id", "critic", "seed"]
 SETTINGS = ["num_states", "num_actions", "hold", "exp_name"]  # the same in every row of a table
 COLUMNS = [*RUN, "step", "state", "cosine_similarity", "norm_true", "norm_critic", *SETTINGS]
 COLOURS = {  # Okabe and Ito's, safe for the colour-blind
-    "mlp": "#d55e00",
-    "mlp-small": "#e69f00",
-    "mlp-large": "#000000",
-    "resnet-features": "#56b4e9",
+    "mlp": "#000000",
+    "mlp-small": "#56b4e9",
+    "mlp-large": "#e69f00",
+    "resnet-features": "#009e73",
     "resnet35": "#cc79a7",
     "d2rl": "#999999",
-    "as-hyper": "#009e73",
-    "sa-hyper": "#0072b2",
+    "as-hyper": "#0072b2",
+    "sa-hyper": "#d55e00",
 }
 
 

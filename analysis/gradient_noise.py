@@ -35,7 +35,7 @@ from meta_envs import MetaVectorEnv, sample_goals  # noqa: E402
 
 KEY = ["env_id", "model", "seed", "iteration", "update"]
 COLUMNS = [*KEY, "pre_return", "post_return", "kl"]
-COLOURS = {"vanilla": "#e69f00", "context": "#d55e00", "hyper": "#0072b2"}  # Okabe and Ito's
+COLOURS = {"vanilla": "#000000", "context": "#0072b2", "hyper": "#d55e00"}  # Okabe and Ito's
 
 
 @dataclass
