@@ -10,6 +10,7 @@ In the help, (paper) marks a value of the paper and (released) one of the author
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -185,6 +186,19 @@ def fast_matmul() -> None:
     a = torch.linspace(-1, 1, 256 * 256).view(256, 256)
     if ((a @ a).double() - a.double() @ a.double()).abs().max() > 1e-3:
         torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, since an update takes and frees tensors of many megabytes.
+
+    By default each of them goes back to the system and is paged in anew the next time, which takes
+    as long as the arithmetic (measured: half the time of a Fisher product).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no memory of its own for a large block
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB
+        libc.mallopt(-2, 2**26)  # M_TOP_PAD: take 64 MiB at a time
 
 
 # Arguments that cannot change the result: a run may be resumed with others.
@@ -517,15 +531,13 @@ def sample(
     return Batch(context, *tensors), reward.sum(-1)
 
 
-# Samples that go through a policy at once. It bounds the memory; few of them stay in the cache, but
-# the primary network runs once a chunk.
-CHUNK = {"vanilla": 4_000, "context": 4_000, "hyper": 20_000}
+CHUNK = 20_000  # samples that go through a policy at once, which bounds the memory
 
 
-def split_tasks(batch: Batch, args: Args) -> list[slice]:
+def split_tasks(batch: Batch) -> list[slice]:
     """The tasks in chunks of at most `CHUNK` samples, or of one task."""
     T, N = batch.weight.shape
-    size = max(1, CHUNK[args.model] // N)
+    size = max(1, CHUNK // N)
     return [slice(i, i + size) for i in range(0, T, size)]
 
 
@@ -556,7 +568,7 @@ def adapt_and_sample(
         batch, batch_returns = sample(policy, steps, envs, rng, args)
         parts = [
             inner_step(policy, theta, take_steps(steps, tasks), take(batch, tasks), args)
-            for tasks in split_tasks(batch, args)
+            for tasks in split_tasks(batch)
         ]
         step = {
             layer: tuple(torch.cat(part).detach() for part in zip(*(p[layer] for p in parts)))
@@ -698,7 +710,7 @@ def update(policy: Policy, episodes: Episodes, args: Args) -> dict[str, float]:
     steps = episodes.steps if args.first_order else None
     share = 1 / len(episodes.post.obs)
     chunks = []
-    for tasks in split_tasks(episodes.post, args):
+    for tasks in split_tasks(episodes.post):
         pre, post = [take(batch, tasks) for batch in episodes.pre], take(episodes.post, tasks)
         constant = None if steps is None else take_steps(steps, tasks)
         with torch.no_grad():
@@ -755,6 +767,7 @@ if __name__ == "__main__":
     run_dir, lock = claim_run(args)
     checkpoint = load_checkpoint(run_dir)
     fast_matmul()
+    keep_freed_memory()
 
     torch.manual_seed(args.seed)  # initial weights
     rng = np.random.default_rng(args.seed)  # goals, environments, actions

@@ -158,6 +158,7 @@ def main(args: Args) -> None:
     except OSError as error:
         stop(f"--out {args.out}: cannot write there: {error}")
     maml_hyper.fast_matmul()
+    maml_hyper.keep_freed_memory()
     for run_dir, run_args in runs.items():
         run = None
         for iteration in chosen_iterations(run_dir, args.num_checkpoints):

@@ -70,6 +70,7 @@ def iteration_seconds(name: str, args: Args) -> dict[str, float]:
     }
     maml_args = maml_hyper.Args(env_id=args.env_id, model=model, device="cpu", **options)
     maml_hyper.fast_matmul()
+    maml_hyper.keep_freed_memory()
     torch.manual_seed(1)
     rng = np.random.default_rng(1)
     goals, test_goals = (
