@@ -25,8 +25,9 @@ as you like and start it again: complete runs are skipped, partial ones go on fr
   --            what follows goes to each script: -- --device cuda --runs-dir /data/runs
 
 States: complete; partial; failed, if this script tried it in vain; not started; other arguments, if
-the run directory holds a run with others. A run that fails is tried once more, unless its exit code
-is 2, bad use, which would come again. A run has a log, RUNS_DIR/logs/EXP_NAME/.../seedN.log.
+the run directory holds a run with others, or without a config.json that can be read: it is left
+alone. A run that fails is tried once more, unless its exit code is 2, bad use, which would come
+again. A run has a log, RUNS_DIR/logs/EXP_NAME/.../seedN.log.
 Exit code: 0, all are complete (--slurm: submitted); 1, some run is not; 2, bad use.
 EOF
 }
@@ -38,18 +39,20 @@ stop() { # what was wrong, in one line
 
 ((BASH_VERSINFO[0] >= 5)) || stop "bash $BASH_VERSION is too old, this needs bash 5"
 self=$(realpath "${BASH_SOURCE[0]}")
-guard=() # where there is setpriv, a run dies with the process that started it, even by SIGKILL
-! command -v setpriv >/dev/null || guard=(setpriv --pdeathsig KILL)
+guard=() # no trap sees SIGKILL: where setpriv can, a run has the kernel end it with its parent
+! setpriv --pdeathsig KILL true 2>/dev/null || guard=(setpriv --pdeathsig KILL)
 
 # One run, on this machine and as a task of Slurm alike. The log's last line is the outcome.
 train() { # log, command
     local log=$1 command=$2 child code
-    trap 'kill -KILL "$child"; exit 143' INT TERM HUP # stopped from outside: no failure
+    # Stopped from outside is no failure.
+    trap 'kill -KILL "$child" 2>/dev/null || true; exit 143' INT TERM HUP
     for _ in 1 2; do
         echo "+ $command" >>"$log"
         eval "exec ${guard[*]} $command" >>"$log" 2>&1 </dev/null &
         child=$! code=0
         wait "$child" || code=$?
+        [[ ! $(tail -c 1 "$log") ]] || echo >>"$log" # the outcome has a line of its own
         if ((code == 0)); then
             echo complete >>"$log"
             echo "complete: $log"
@@ -68,7 +71,7 @@ if [[ ${1-} == --task ]]; then
     exit
 fi
 
-dry_run='' only='' seeds='' jobs='' smoke='' slurm='' sbatch_options=() extra=()
+dry_run='' only='.' seeds='' jobs='' smoke='' slurm='' sbatch_options=() extra=()
 while (($#)); do
     case $1 in
     --help | -h) usage && exit ;;
@@ -89,16 +92,17 @@ while (($#)); do
         extra=("${@:2}")
         break
         ;;
-    -a* | --array | --array=*) stop "$1: the array is this script's; --jobs N limits it" ;;
     *)
         [[ $slurm ]] || stop "$1: unknown option (./benchmark.sh --help)"
+        [[ $1 != @(-a*|--array*|-D*|--chdir*|-W|--wait) ]] ||
+            stop "$1: array (--jobs N limits it), directory and not to wait are this script's"
         sbatch_options+=("$1")
         ;;
     esac
     shift
 done
-[[ ${extra[*]} != *[$'\n\t']* ]] || stop "arguments after -- must have no tabs and newlines"
-[[ "" =~ $only ]] || (($? == 1)) || stop "--only $only: not a regular expression"
+[[ ${extra[*]} != *[[:cntrl:]]* ]] || stop "arguments after -- must have no control characters"
+{ [[ "" =~ $only ]]; } 2>/dev/null || (($? == 1)) || stop "--only $only: not a regular expression"
 for name in sbatch squeue; do
     [[ ! $slurm || $dry_run ]] || command -v $name >/dev/null ||
         stop "--slurm: Slurm's $name is not installed here (Debian: apt-get install slurm-client)"
@@ -106,7 +110,9 @@ done
 seeds=${seeds:-$([[ $smoke ]] && echo 1 || echo 5)}
 
 quote() { # one word, as a shell and Python's shlex read it
-    if [[ $1 =~ ^[[:alnum:]_./:=@%+,-]+$ ]]; then echo "$1"; else echo "'${1//\'/\'\\\'\'}'"; fi
+    local word=$1
+    [[ $word =~ ^[[:alnum:]_./:=@%+,-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    printf '%s\n' "$word" # echo would take -n for its own
 }
 
 # The matrix, a command a line, seed by seed: the first fifth of the runs is all of it with one.
@@ -164,23 +170,22 @@ def stop(message):
 def state(run_dir, args, free, log):
     log = log.read_text(errors="replace").splitlines() if log.exists() else []
     begun = "failed" if log and log[-1].startswith("failed") else ""
+    if not (run_dir / "config.json").exists() and not any(run_dir.glob("checkpoint*.pt")):
+        return begun or "not started"
+    total = "total_timesteps" if "total_timesteps" in args else "num_iterations"
     try:
         old = json.loads((run_dir / "config.json").read_text())["args"]
-    except (FileNotFoundError, NotADirectoryError):
-        return begun or "not started"
+        extended = old[total] < args[total]
     except (OSError, ValueError, KeyError, TypeError):
-        return begun or "partial"  # the script will say what is wrong
-    total = "total_timesteps" if "total_timesteps" in args else "num_iterations"
-    differ = {name for name in args if old.get(name) != args[name]} - {*free, "device"}
-    extended = total in differ and old.get(total, 0) < args[total]
-    if differ - ({total} if extended else set()):
         return "other arguments"
-    if (run_dir / "summary.json").exists() and not extended:
-        return "complete"
-    return begun or "partial"
+    complete = (run_dir / "summary.json").exists() and not extended
+    differ = {name for name in args if old.get(name) != args[name]} - free
+    if differ - {total if extended else "", "device" if complete else ""}:
+        return "other arguments"
+    return "complete" if complete else begun or "partial"
 
-directories = set()
-for command in sys.stdin.read().splitlines():
+elsewhere, directories = sys.argv[1], set()
+for command in sys.stdin:
     _, file, *words = shlex.split(command)
     name = Path(file).name
     sys.path[0], sys.argv = str(Path(file).parent), [file, *words]
@@ -188,14 +193,18 @@ for command in sys.stdin.read().splitlines():
         script = importlib.import_module(name.removesuffix(".py"))
     except ImportError as error:
         stop(f"{name}: {error}; run in its environment: source .venv/bin/activate")
-    script.torch.cuda.is_available = lambda: True  # where it runs, if not here
+    if elsewhere:
+        script.torch.cuda.is_available = lambda: True  # where it runs, if not here
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             args = vars(script.parse_args())
+        dict(json.loads(args.get("env_kwargs", "{}")))
     except SystemExit as end:
         message = output.getvalue().strip() if end.code else "--help trains nothing"
         stop(f"{name}: " + message.removeprefix("error: "))
+    except (ValueError, TypeError):
+        stop(f"{name}: --env-kwargs " + args["env_kwargs"] + ": must be a JSON object")
     args = json.loads(json.dumps(args))
     model = args.get("critic") or args["model"]
     if args.get("context", "learned") != "learned":
@@ -208,13 +217,19 @@ for command in sys.stdin.read().splitlines():
         stop(f"{run_dir}: two runs in one directory; the matrix sets environment, model and seed")
     directories.add(run_dir)
     slurm = Path(args["runs_dir"], "logs", "slurm")
-    print(state(run_dir, args, script.FREE_ARGS, log), log, slurm, sep="\t")
+    # Without --device, the machine that runs it has the say.
+    free = {*script.FREE_ARGS, "" if " --device" in command else "device"}
+    try:
+        print(state(run_dir, args, free, log), log, slurm, sep="\t")
+    except OSError as error:
+        stop(f"{error.filename}: {error.strerror}")
 '
 
 command -v python >/dev/null || stop "no python here: source .venv/bin/activate"
 mapfile -t commands < <(list)
 ((${#commands[@]})) || stop "--only $only: matches no run"
-table=$(printf '%s\n' "${commands[@]}" | PYTHONDONTWRITEBYTECODE=1 python -c "$states") || exit 2
+table=$(printf '%s\n' "${commands[@]}" |
+    PYTHONDONTWRITEBYTECODE=1 python -c "$states" "$slurm$dry_run") || exit 2
 mapfile -t state < <(cut -f 1 <<<"$table")
 mapfile -t log < <(cut -f 2 <<<"$table")
 
@@ -227,12 +242,16 @@ total() {
     echo "${count["other arguments"]-0} other arguments"
 }
 
-todo=()
+todo=() code=0
 for i in "${!commands[@]}"; do
-    [[ ${state[i]} == complete ]] || todo+=("$i")
+    case ${state[i]} in
+    complete) ;;
+    'other arguments') code=1 ;; # the script would refuse it
+    *) todo+=("$i") ;;
+    esac
     [[ ! $dry_run ]] || echo "${commands[i]} # ${state[i]}"
 done
-if [[ $dry_run || ${#todo[@]} == 0 ]]; then
+if [[ $dry_run ]]; then
     echo "# $(total)"
     exit
 fi
@@ -240,26 +259,27 @@ if [[ $slurm ]]; then
     queue=$(squeue --me --noheader --array --format='%F %K' 2>&1) || stop "squeue: $queue"
 fi
 for i in "${todo[@]}"; do
-    mkdir -p "${log[i]%/*}" 2>/dev/null || stop "--runs-dir: cannot write ${log[i]%/*}"
+    { mkdir -p "${log[i]%/*}" && : >>"${log[i]}"; } 2>/dev/null ||
+        stop "--runs-dir: cannot write ${log[i]}"
 done
 
 if [[ $slurm ]]; then
-    folder=$(cut -f 3 <<<"$table" | head -n 1)
+    folder=$(head -n 1 <<<"$table" | cut -f 3)
     mkdir -p "$folder"
     # Pending and running tasks of earlier submissions, whose lists are in this folder.
     declare -A queued=()
     while read -r job task; do
-        [[ -e $folder/$job.tasks ]] || continue
+        [[ $task =~ ^[0-9]+$ && -e $folder/$job.tasks ]] || continue
         task=$(sed -n "${task}p" "$folder/$job.tasks")
-        queued[$task]=yes
+        queued[${task%%$'\t'*}]=yes
     done <<<"$queue"
     tasks=()
     for i in "${todo[@]}"; do
         task="${log[i]}"$'\t'"${commands[i]}"
-        [[ ${queued[$task]-} ]] || tasks+=("$task")
+        [[ ${queued[${log[i]}]-} ]] || tasks+=("$task")
     done
-    echo "$(total), ${#queued[@]} in the queue"
-    ((${#tasks[@]})) || exit 0
+    echo "$(total), $((${#todo[@]} - ${#tasks[@]})) in the queue"
+    ((${#tasks[@]})) || exit "$code"
     script=$(
         cat <<EOF
 #!/usr/bin/env bash
@@ -271,13 +291,14 @@ TASKS
 exec bash $(quote "$self") --task "\$log" "\$command"
 EOF
     )
-    answer=$(sbatch --job-name=hypernets --output="$folder/%A_%a.log" "${sbatch_options[@]}" \
-        --parsable --requeue --open-mode=append --array="1-${#tasks[@]}${jobs:+%$jobs}" \
-        <<<"$script" 2>&1) || stop "sbatch: $answer"
+    answer=$(sbatch --job-name=hypernets --output="${folder//%/%%}/%A_%a.log" \
+        "${sbatch_options[@]}" --parsable --requeue --open-mode=append \
+        --array="1-${#tasks[@]}${jobs:+%$jobs}" <<<"$script" 2>&1) || stop "sbatch: $answer"
     job=$(sed -n 's/^\([0-9]\+\).*/\1/p' <<<"$answer" | tail -n 1)
+    [[ $job ]] || stop "sbatch submitted nothing: $answer"
     printf '%s\n' "${tasks[@]}" >"$folder/$job.tasks"
     echo "submitted ${#tasks[@]} tasks as job $job, logs in $folder: squeue -j $job"
-    exit
+    exit "$code"
 fi
 
 cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -297,14 +318,15 @@ for i in "${todo[@]}"; do
 done
 wait
 
-incomplete=()
 for i in "${todo[@]}"; do
     case $(tail -n 1 "${log[i]}") in
-    complete) state[i]=complete && continue ;;
+    complete) state[i]=complete ;;
     failed*) state[i]=failed ;;
     *) state[i]=partial ;; # in the hands of another process
     esac
-    incomplete+=("${state[i]}: ${commands[i]} # ${log[i]}")
 done
 total
-((${#incomplete[@]} == 0)) || { printf '%s\n' "${incomplete[@]}" && exit 1; }
+for i in "${!commands[@]}"; do
+    [[ ${state[i]} == complete ]] || { code=1 && echo "${state[i]}: ${commands[i]} # ${log[i]}"; }
+done
+exit "$code"

@@ -120,7 +120,7 @@ def test_smoke_runs_learn_evaluate_and_complete_pasted_and_launched(folder):
     assert finished.code == 0, finished
     assert finished.out.count("start ") == 3 and "4 runs: 4 complete" in finished.out
     again = benchmark("--smoke", "--only", FOUR, **options)
-    assert again.code == 0 and again.out.startswith("# 4 runs: 4 complete")
+    assert again.code == 0 and again.out.startswith("4 runs: 4 complete")
 
     summaries = sorted((folder / "runs/smoke").rglob("summary.json"))
     names = [summary.relative_to(folder / "runs/smoke").parts[0] for summary in summaries]
@@ -168,6 +168,28 @@ def test_states_are_those_of_the_run_directories_and_the_arguments(folder, monke
     }
     counts = "2 complete, 2 partial, 2 failed, 1 not started, 1 other arguments"
     assert totals == f"# 8 runs: {counts}"
+
+
+def test_a_run_directory_that_the_script_would_refuse_is_left_alone(folder, tmp_path):
+    configs = ['{"args": {"total_timesteps": null}}', '{"args": []}', "{", None]
+    for seed, config in enumerate(configs, start=1):
+        run_dir = folder / f"runs/td3_hyper/Hopper-v4/mlp/seed{seed}"
+        run_dir.mkdir(parents=True)
+        (run_dir / "checkpoint.pt").touch()
+        if config:
+            (run_dir / "config.json").write_text(config)
+    stand_in("echo $* >>tries", tmp_path / "bin")
+    options = {"cwd": folder, "env": OPTIONS["env"] | {"PATH": f"{tmp_path / 'bin'}:{PATH}"}}
+    only = ["--only", "td3.*Hopper-v4.*--critic mlp ", "--seeds"]
+    finished = benchmark(*only, 5, **options)
+    assert finished.code == 1, finished
+    assert len((folder / "tries").read_text().splitlines()) == 1
+    *_, total, one, _, _, four = finished.out.splitlines()
+    assert total.startswith("5 runs: 1 complete") and total.endswith(" 4 other arguments")
+    assert one.startswith("other arguments: python") and " --seed 4 #" in four
+    assert not (folder / "runs/logs/td3_hyper/Hopper-v4/mlp/seed1.log").exists()
+    finished = benchmark(*only, 4, **options)
+    assert finished.code == 1 and "start 1/" not in finished.out
 
 
 def without(*names: str, folder: Path) -> str:
@@ -242,9 +264,10 @@ def test_a_failure_is_tried_once_more_named_and_the_exit_code(folder, tmp_path):
         """echo "$OMP_NUM_THREADS $*" >>tries
         case $* in
         *"--critic mlp "*) [[ $(grep -c -e "--critic mlp " tries) == 2 ]] ;;
-        *mlp-small*) echo "error: an accident" >&2; exit 3 ;;
+        *mlp-small*) printf "error: an accident" >&2; exit 3 ;;
         *mlp-large*) echo "error: bad use" >&2; exit 2 ;;
         *resnet35*) echo "error: another process is training in it" >&2; exit 2 ;;
+        *d2rl*) printf "no newline at the end" ;;
         esac""",
         tmp_path / "bin",
     )
@@ -284,6 +307,12 @@ def test_a_failure_is_tried_once_more_named_and_the_exit_code(folder, tmp_path):
         (["--only", "td4"], ["--only td4", "no run"]),
         (["--slurm", "--array=1-3"], ["--array=1-3", "--jobs"]),
         (["--", "a\nb"], ["--"]),
+        (["--", "a\rb"], ["--"]),
+        (["-a1-3"], ["-a1-3", "unknown option"]),
+        (["--slurm", "-D/"], ["-D/", "directory"]),
+        (["--dry-run", *TWO, "--", "-n"], ["td3_hyper.py", "-n"]),
+        ([*TWO, "--", "--env-kwargs", "{"], ["td3_hyper.py", "--env-kwargs {"]),
+        ([*TWO, "--", "--runs-dir", ".", "--exp-name", 300 * "x"], ["xxx", "File name too long"]),
         ([*TWO, "--", "--gama", "1"], ["td3_hyper.py", "--gama"]),
         ([*TWO, "--", "--critic", "mlp"], ["mlp/seed1", "two runs in one directory"]),
         ([*TWO, "--", "--overwrite"], ["--overwrite"]),
@@ -298,6 +327,34 @@ def test_bad_use_is_one_line_and_starts_nothing(folder, args, words):
     for word in words:
         assert word in finished.err
     assert list(folder.iterdir()) == []
+
+
+def test_a_log_that_cannot_be_written_stops_it_before_anything_starts(folder):
+    logs = folder / "runs/logs/td3_hyper/Hopper-v4"
+    (logs / "mlp-small").mkdir(parents=True)
+    (logs / "mlp-small/seed1.log").symlink_to("nowhere/seed1.log")
+    finished = benchmark(*TWO, cwd=folder)
+    assert finished.code == 2 and not finished.out
+    assert finished.err.endswith("cannot write runs/logs/td3_hyper/Hopper-v4/mlp-small/seed1.log\n")
+    assert finished.err.count("\n") == 1 and not (folder / "runs/td3_hyper").exists()
+
+
+def test_the_445_runs_are_one_array_job_and_what_is_queued_is_not_submitted_again(folder, tmp_path):
+    (tmp_path / "bin").mkdir()
+    # Job 6 is another's; of job 7, which is submitted here, two tasks are left.
+    squeue = f"[[ ! -e '{folder}/job' ]] || printf '%s\\n' '6 1' '7 N/A' '7 1' '7 2'"
+    for name, script in (("sbatch", f"cat >'{folder}/job'; echo 7"), ("squeue", squeue)):
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    options = {"cwd": folder, "env": OPTIONS["env"] | {"PATH": f"{tmp_path / 'bin'}:{PATH}"}}
+    runs_dir = 200 * "x"  # a table of more than the 64 kB that a pipe holds
+    finished = benchmark("--slurm", "--", "--runs-dir", runs_dir, **options)
+    assert finished.code == 0 and "submitted 445 tasks as job 7," in finished.out, finished
+    tasks = (folder / runs_dir / "logs/slurm/7.tasks").read_text()
+    assert tasks.count("\n") == 445 and tasks in (folder / "job").read_text()
+    args = ["--only", "td3.*Hopper.*--seed 1", "--slurm", "--", "--runs-dir", runs_dir]
+    finished = benchmark(*args, "--save-every", 7, **options)  # the same run directories
+    assert "2 in the queue" in finished.out and "submitted 6 tasks" in finished.out, finished
 
 
 def test_where_slurm_is_missing_the_error_names_what_is(folder, tmp_path):
@@ -414,7 +471,7 @@ def test_slurm_trains_resumes_what_was_preempted_and_skips_what_is_complete(fold
     assert "submitted" not in finished.out
     wait_until(lambda: not call("squeue", "--noheader"))
     finished = benchmark(*args, cwd=folder, env=env)
-    assert finished.code == 0 and finished.out.startswith("# 2 runs: 2 complete"), finished
+    assert finished.code == 0 and finished.out.startswith("2 runs: 2 complete"), finished
 
     first, second = (folder / f"runs/smoke/logs/slurm/1_{n}.log" for n in (1, 2))
     end = "complete: runs/smoke/logs/td3_hyper/Hopper-v4/{}/seed1.log\n"
@@ -429,3 +486,8 @@ def test_what_sbatch_refuses_is_one_line(folder, slurm):
     finished = benchmark("--smoke", *TWO, "--slurm", "--partition=none", cwd=folder, env=env)
     assert finished.code == 2 and finished.err.count("\n") == 1
     assert finished.err.startswith("error: sbatch: ") and "partition" in finished.err
+    args = ["--smoke", *TWO, "--slurm", "--partition=low", "--test-only"]
+    finished = benchmark(*args, cwd=folder, env=env)
+    assert finished.code == 2 and finished.err.count("\n") == 1
+    assert finished.err.startswith("error: sbatch submitted nothing: ")
+    assert not list(folder.rglob("*.tasks"))
