@@ -557,11 +557,12 @@ def rollout(
     """
     task = policy.generate(z)  # once for the whole trajectory
     obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"reset_mask": slots})
+    # For the whole horizon, (H, T, 1, action): the draws after it are the same for any policy
+    noise = normal(rng, envs.horizon, len(z), 1, *envs.single_action_space.shape, device=z.device)
     done, rows, alive = ~slots, [], []
     while not done.all():
         mean, log_std = policy.dynamic(task, torch.as_tensor(obs).to(z).unsqueeze(1))
-        noise = normal(rng, *mean.shape, device=z.device)
-        u = mean if deterministic else mean + log_std.exp() * noise
+        u = mean if deterministic else mean + log_std.exp() * noise[len(rows)]
         action = torch.tanh(u).squeeze(1).cpu().numpy()  # (T, action)
         next_obs, reward, terminated, truncated, _ = envs.step(action)
         row = (obs, action, reward[:, None], next_obs, terminated[:, None])

@@ -54,7 +54,7 @@ CONTEXTS = pytest.mark.parametrize("context", ["learned", "oracle"])
 class PointMass:
     """x moves by 0.2 a along a line, the reward is -(x - goal)²; it may fall off at `edge`.
 
-    It stands for `MetaVectorEnv` and keeps the return of every trajectory in `log`.
+    It stands for `MetaVectorEnv` and keeps what happens: `log` has the mask of every reset.
     """
 
     single_observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
@@ -65,7 +65,7 @@ class PointMass:
         self.horizon, self.edge = horizon, edge
         n = len(goals) * episodes_per_goal
         self.x, self.elapsed = np.zeros((n, 1)), np.full(n, horizon)
-        self.returns, self.log, self.actions = np.zeros(n), [], []
+        self.returns, self.log, self.starts, self.actions = np.zeros(n), [], [], []
 
     def set_goals(self, goals):
         assert len(goals) == len(self.goals)
@@ -76,6 +76,7 @@ class PointMass:
         self.x[mask] = np.random.default_rng(seed).uniform(-0.1, 0.1, (mask.sum(), 1))
         self.elapsed[mask], self.returns[mask] = 0, 0.0
         self.log.append(mask)
+        self.starts.append(self.x.copy())
         return self.x.copy(), {}
 
     def step(self, actions):
@@ -510,6 +511,15 @@ def test_evaluation_is_deterministic_and_reseeded(monkeypatch):
         )
         actions.append(np.concatenate(envs.actions))
     np.testing.assert_array_equal(*actions)
+
+
+def test_policies_that_fall_at_different_times_are_evaluated_on_the_same_starts():
+    mlp, hyper = (PointMass("", [0.5, 2.0], 2, edge=0.3) for _ in range(2))
+    for model, envs in (("mlp", mlp), ("hyper", hyper)):
+        agent, args = make_agent(1, 1, model=model)
+        evaluate(agent, envs, args)
+    assert len(mlp.actions) != len(hyper.actions)
+    np.testing.assert_array_equal(mlp.starts, hyper.starts)
 
 
 def test_the_oracle_has_nothing_to_adapt():
