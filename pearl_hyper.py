@@ -849,7 +849,6 @@ if __name__ == "__main__":
 
         if iteration % args.eval_every == 0 or iteration == args.num_iterations:
             returns, z = evaluate(agent, eval_envs, args)
-            check_finite(iteration, evaluation_return=[*returns.values()])
             means = {}
             for phase, values in returns.items():
                 splits = np.split(values, [len(eval_goals["train"])])
