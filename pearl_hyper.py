@@ -896,6 +896,7 @@ if __name__ == "__main__":
             total = total + torch.stack([*losses.values()])
         losses = dict(zip(losses, (total / args.num_train_steps).tolist()))  # one host sync
         check_finite(iteration, **losses)
+        check_finite(iteration, weight=torch.stack([p.sum() for p in agent.parameters()]).tolist())
         for name, value in losses.items():
             writer.add_scalar(f"losses/{name}", value, iteration)
         writer.add_scalar("charts/env_steps", env_steps, iteration)

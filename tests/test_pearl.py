@@ -714,6 +714,13 @@ def test_a_non_finite_loss_stops_the_run_and_leaves_the_last_checkpoint(run_main
     assert (RUN_DIR / "checkpoint.pt").read_bytes() == checkpoint
 
 
+def test_weights_that_the_last_update_ruins_stop_the_run_before_a_checkpoint(run_main):
+    options = ["--num-train-steps", 1, "--policy-lr", 1e38]  # the losses are those before the step
+    finished = run_main(SCRIPT, *small(2), *options)
+    assert_refused(finished, "weight is not finite at iteration 0", code=1)
+    assert not list(RUN_DIR.glob("checkpoint*"))
+
+
 def test_a_non_finite_reward_stops_the_collection(capsys):
     agent, args = make_agent(1, 1)
     envs = PointMass("", [0.5, math.nan], 1)
