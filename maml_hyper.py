@@ -334,7 +334,7 @@ def load_checkpoint(run_dir: Path) -> dict | None:
 
 
 def check_finite(iteration: int, **quantities) -> None:
-    """Stop the run, exit code 1, if a return or a gradient is not finite."""
+    """Stop the run, exit code 1, if one of the quantities is not finite."""
     for name, value in quantities.items():
         if not np.isfinite(value).all():
             stop(f"{name} is not finite at iteration {iteration}", code=1)
