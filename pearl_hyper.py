@@ -630,7 +630,7 @@ def collect(
         for slot in np.flatnonzero(slots):
             trajectory = rows[slot, alive[slot]]
             buffer.add(slot_tasks[slot], trajectory)
-            if not posterior:
+            if not posterior and args.context == "learned":
                 context_width = sum(encoder_buffer.widths)  # obs, action, reward
                 encoder_buffer.add(slot_tasks[slot], trajectory[:, :context_width])
         steps += alive.reshape(len(tasks), -1).sum(1)

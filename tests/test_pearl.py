@@ -333,6 +333,7 @@ def test_the_oracle_is_the_goal_with_no_encoder_and_no_kl():
         collect(
             point_agent, envs, np.arange(3), 40, posterior, buffer, encoder_buffer, goals, rng, args
         )
+    assert encoder_buffer.added == [0, 0, 0]
     batch = sample_batch(buffer, encoder_buffer, goals, rng, args)
     assert batch.context.shape == (T, 1) and set(batch.context.flatten().tolist()) <= {*goals}
     reward = -(batch.next_obs.squeeze(-1) - batch.context).square()
