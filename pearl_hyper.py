@@ -62,7 +62,8 @@ class Args:
     exp_name: str = "pearl_hyper"
     """name of the experiment, a part of the run directory"""
     eval_every: int = 1
-    """iterations between two evaluations, the first before any training (released)"""
+    """iterations between two evaluations, the first before any training (released: after an
+    iteration)"""
     eval_episodes: int | None = None
     """trajectories a goal that are scored, each after two of its own that gather context; None is
     the family's (released)"""
@@ -81,7 +82,7 @@ class Args:
     """networks of policy and critics: three layers of 300, or hypernetworks (paper, Sec. 4)"""
     context: Literal["learned", "oracle"] = "learned"
     """the latent z: sampled from the encoder's posterior, or the goal itself, with no encoder and
-    nothing to adapt (released, where the goal is scaled to [0, 1])"""
+    nothing to adapt (released, where velocities are scaled to [0, 1])"""
     primary_widths: tuple[int, ...] = (256, 512, 1024)
     """widths of the primary networks of hyper (released)"""
     dynamic_width: int = 256
@@ -104,7 +105,8 @@ class Args:
     """train tasks that an iteration collects data from, drawn with replacement (released)"""
     num_prior_steps: int | None = None
     """environment steps a task and iteration with z from the prior, in whole trajectories; the
-    encoder learns from these alone; None is the family's (released)"""
+    encoder learns from a task's latest alone, before its first from the initial ones; None is the
+    family's (released)"""
     num_posterior_steps: int | None = None
     """the same with z from the posterior; None is the family's (released)"""
     num_train_steps: int | None = None
@@ -720,7 +722,7 @@ def infer(agent: Agent, context: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]
 
 
 def q_loss(agent: Agent, batch: Batch, z: Tensor, args: Args) -> Tensor:
-    """Σ_i mean (Q_i(s, a, z) - y)², y = 5 r + γ (1 - terminated) V'(s', z).
+    """Σ_i mean (Q_i(s, a, z) - y)², y = reward_scale r + γ (1 - terminated) V'(s', z).
 
     The encoder learns through z here, and not through the target.
     """
