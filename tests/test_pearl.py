@@ -187,6 +187,39 @@ def test_log_probability_equals_torch_distributions(reach):
 # Networks and gradients
 
 
+def test_mlps_have_the_released_layers_and_start():
+    agent = Agent(OBS, ACTION, make_args(model="mlp"))
+    for net, widths, output in (
+        (agent.q[1].net, (OBS + ACTION + 5, 300, 300, 300, 1), 3e-3),
+        (agent.v.net, (OBS + 5, 300, 300, 300, 1), 3e-3),
+        (agent.policy.net, (OBS + 5, 300, 300, 300, 2 * ACTION), 1e-3),
+        (agent.encoder.net, (OBS + ACTION + 1, 200, 200, 200, 2 * 5), 3e-3),
+    ):
+        linears = [layer for layer in net if isinstance(layer, torch.nn.Linear)]
+        assert [x.weight.shape for x in linears] == [*zip(widths[1:], widths)]
+        bounds = [width**-0.5 for width in widths[1:-1]] + [output]
+        for linear, bound in zip(linears, bounds):
+            assert 0.95 * bound < linear.weight.abs().max() <= bound
+        assert all((linear.bias == 0.1).all() for linear in linears[:-1])
+
+
+@MODELS
+def test_the_policys_log_std_is_bounded(model):
+    agent, args = make_agent(model=model)
+    task = agent.policy.generate(torch.randn(T, args.latent_dim))
+    _, log_std = agent.policy.dynamic(task, 1e6 * torch.randn(T, N, OBS))
+    assert log_std.min() == -20 and log_std.max() == 2
+
+
+def test_the_encoders_variance_is_a_softplus_and_never_zero():
+    agent, _ = make_agent()
+    context = torch.randn(T, 1, OBS + ACTION + 1)  # a product of one factor
+    mean, x = agent.encoder.net(context).squeeze(1).chunk(2, -1)
+    torch.testing.assert_close(agent.encoder(context), (mean, (1 + x.exp()).log()))
+    agent.encoder.net[-1].bias.data -= 200
+    assert (agent.encoder(context)[1] > 0).all()
+
+
 @MODELS
 def test_encoder_learns_from_the_q_loss_and_the_kl_alone(model):
     agent, args = make_agent(model=model)
