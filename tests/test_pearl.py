@@ -427,20 +427,20 @@ def test_encoder_buffer_holds_only_prior_data_of_the_latest_collection():
     goals, rng = np.array([-1.0, 0.5, 2.0]), np.random.default_rng(0)
     buffer, encoder_buffer = make_buffers(1, 1)
     data = (buffer, encoder_buffer, goals, rng, args)
-    envs = PointMass("", goals[:2], 3)
-    tasks = np.array([2, 0])
+    envs = PointMass("", goals, 3)
+    tasks = np.array([2, 0, 2])  # of a task drawn twice, that of both draws
     for _ in range(2):
+        before = list(buffer.added)
         for task in tasks:
             encoder_buffer.clear(task)
-        assert collect(agent, envs, tasks, 40, False, *data) == 80
-        prior = {
-            task: buffer.data[task][buffer.added[task] - 40 : buffer.added[task]] for task in tasks
-        }
-        assert collect(agent, envs, tasks, 60, True, *data) == 120
-    assert buffer.added == [200, 0, 200] and encoder_buffer.added == [40, 0, 40]
+        assert collect(agent, envs, tasks, 40, False, *data) == 120
+        prior = [rows[i:j] for rows, i, j in zip(buffer.data, before, buffer.added)]
+        assert collect(agent, envs, tasks, 60, True, *data) == 180
+    assert buffer.added == [200, 0, 400] and encoder_buffer.added == [40, 0, 80]
     for task in tasks:
-        torch.testing.assert_close(encoder_buffer.data[task][:40], prior[task][:, :3])
-        obs, action, reward, next_obs, terminated = buffer.data[task][:200].T
+        added = encoder_buffer.added[task]
+        torch.testing.assert_close(encoder_buffer.data[task][:added], prior[task][:, :3])
+        obs, action, reward, next_obs, terminated = buffer.data[task][: buffer.added[task]].T
         torch.testing.assert_close(next_obs, obs + 0.2 * action, atol=1e-5, rtol=0)
         torch.testing.assert_close(reward, -(next_obs - goals[task]).square().float())
         assert not terminated.any()  # time ran out: not the end
