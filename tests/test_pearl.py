@@ -463,6 +463,8 @@ def test_posterior_is_recomputed_for_each_trajectory_and_the_prior_needs_none():
     assert z.abs().max() < 5 and z.std() > 0.5  # a sample of the posterior
     for latent in latents:
         assert len({tuple(z.tolist()) for z in latent}) == 9
+    batch = sample_batch(*data)
+    assert batch.context.shape == (T, M, 3) and batch.obs.shape == (T, N, 1)
 
 
 def test_trajectories_that_end_early_are_whole_and_others_follow_until_the_steps_are_there():
@@ -479,6 +481,19 @@ def test_trajectories_that_end_early_are_whole_and_others_follow_until_the_steps
         assert ((next_obs.abs() >= 0.5) == terminated.bool()).all()
         starts = obs[1:] != next_obs[:-1]
         assert (terminated[:-1].bool() <= starts).all()
+
+
+def test_an_action_has_noise_of_its_own_and_the_policys_std(monkeypatch):
+    agent, _ = make_agent(1, 1)
+    monkeypatch.setattr(
+        type(agent.policy),
+        "dynamic",
+        lambda self, task, obs: (0 * obs, torch.full_like(obs, math.log(0.5))),
+    )
+    envs = PointMass("", [0.5], 10)
+    rollout(agent.policy, torch.zeros(10, 5), envs, np.ones(10, bool), np.random.default_rng(0))
+    noise = np.arctanh(envs.actions)  # (H, T, 1)
+    assert len(np.unique(noise)) == 20 * 10 and noise.std() == pytest.approx(0.5, rel=0.2)
 
 
 def test_goals_of_training_and_test_are_disjoint_draws_from_the_seed(run_main):
@@ -498,15 +513,17 @@ def test_goals_of_training_and_test_are_disjoint_draws_from_the_seed(run_main):
 
 
 @MODELS
-def test_evaluation_scores_only_the_trajectory_after_adaptation(model):
+@pytest.mark.parametrize("edge", [math.inf, 0.15], ids=["whole", "end early"])
+def test_evaluation_scores_only_the_trajectory_after_adaptation(model, edge):
     agent, args = make_agent(1, 1, model=model)
     goals = [-1.0, 0.5, 2.0]
-    returns, z, contexts = [], [], inputs_of(agent.encoder)
-    envs = PointMass("", goals, 2)
+    returns, lengths, contexts = [], [], inputs_of(agent.encoder)
+    envs = PointMass("", goals, 2, edge=edge)
     reset = envs.reset
 
     def recording_reset(**options):
         returns.append(envs.returns.copy())
+        lengths.append(envs.elapsed.copy())
         return reset(**options)
 
     envs.reset = recording_reset
@@ -515,8 +532,9 @@ def test_evaluation_scores_only_the_trajectory_after_adaptation(model):
     first, second, third = (r.reshape(3, 2).mean(1) for r in (*returns[1:], envs.returns))
     np.testing.assert_allclose(result["post"], third, rtol=1e-5)
     np.testing.assert_allclose(result["pre"], (first + second) / 2, rtol=1e-5)
-    # The context of a scored trajectory is all of its own two others.
-    assert [c.shape for c in contexts] == [(1, 40, 3)] * 6
+    # The context of a scored trajectory is all of its own two others, and no more.
+    assert [c.shape for c in contexts] == [(1, length, 3) for length in lengths[1] + lengths[2]]
+    assert all((context[..., 0].abs() < edge).all() for context in contexts)
     assert z.shape == (6, 5)
 
 
