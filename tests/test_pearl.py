@@ -636,6 +636,7 @@ def test_a_run_killed_again_and_again_ends_like_one_never_killed(tmp_path):
 @CONTEXTS
 def test_run_directory_holds_what_it_should(run_main, model, context):
     args = [*small(3), "--model", model, "--context", context, "--eval-every", 2]
+    args += ["--critic-lr", 1e-3, "--policy-lr", 2e-3, "--encoder-lr", 3e-3]
     assert run_main(SCRIPT, *args).code == 0
     folder = model if context == "learned" else f"{model}-oracle"
     run_dir = Path("runs/pearl_hyper/HalfCheetahVel-v0", folder, "seed1")
@@ -657,6 +658,16 @@ def test_run_directory_holds_what_it_should(run_main, model, context):
     summary = json.loads((run_dir / "summary.json").read_text())
     last = [float(r["return"]) for r in rows[-4:] if r["split"] == "test" and r["phase"] == "post"]
     assert summary["test_post"] == pytest.approx(np.mean(last)) and summary["iteration"] == 3
+    new, old = (torch.load(run_dir / f"checkpoint{x}.pt", weights_only=True) for x in ("", ".prev"))
+    rates = {"q": 1e-3, "v": 1e-3, "policy": 2e-3, "encoder": 3e-3}
+    for name in list(rates)[: 4 if context == "learned" else 3]:
+        optimizer = new[f"{name}_optimizer"]
+        assert optimizer["param_groups"][0]["lr"] == rates[name]
+        assert {state["step"].item() for state in optimizer["state"].values()} == {3 * 3}
+    # The encoder's buffer holds the 20 steps of each of a task's last draws, or nothing at all.
+    draws = np.subtract(new["buffer"]["added"], old["buffer"]["added"]) // (20 + 40)
+    added = np.where(draws, 20 * draws, old["encoder_buffer"]["added"]) * (context == "learned")
+    assert draws.sum() == 2 and new["encoder_buffer"]["added"] == added.tolist()
 
 
 def test_a_larger_number_of_iterations_extends_a_run_and_a_damaged_checkpoint_falls_back(run_main):
