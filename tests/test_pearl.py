@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import dataclasses
 import json
 import math
 import re
@@ -26,7 +25,6 @@ import pearl_hyper
 from meta_envs import FAMILIES, Family
 from pearl_hyper import (
     FAMILY_ARGS,
-    FAMILY_DEFAULTS,
     Agent,
     Args,
     Batch,
@@ -706,9 +704,7 @@ def test_capture_video_writes_an_mp4_of_each_evaluation_and_changes_no_result(tm
 
 
 @pytest.mark.parametrize("env_id", FAMILIES)
-def test_every_family_has_its_defaults_and_a_flag_goes_before_them(env_id, run_main):
-    assert FAMILY_DEFAULTS.keys() == FAMILIES.keys()
-    defaults = dict(zip(FAMILY_ARGS, FAMILY_DEFAULTS[env_id], strict=True))
+def test_a_flag_goes_before_the_familys_default_and_goals_are_of_their_split(env_id, run_main):
     flags = {name: 2 for name in FAMILY_ARGS[:4]} | {"num_train_steps": 1, "eval_episodes": 1}
     flags |= {"num_prior_steps": 10, "horizon": 10, "num_initial_steps": 10, "batch_size": 4}
     given = [x for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", value)]
@@ -719,28 +715,42 @@ def test_every_family_has_its_defaults_and_a_flag_goes_before_them(env_id, run_m
     args = json.loads(config.read_text())["args"]
     assert {name: args[name] for name in flags} == flags
     assert args["critic_lr"] == args["policy_lr"] == args["encoder_lr"] == 3e-4
-    assert set(defaults) <= {field.name for field in dataclasses.fields(Args)}
+    for row in read(config.parent):
+        low, high = getattr(FAMILIES[env_id], row["split"])
+        assert low <= float(row["goal"]) <= high
+
+
+def parsed(monkeypatch, *args: str) -> dict:
+    monkeypatch.setattr("sys.argv", ["pearl_hyper.py", *args])
+    return vars(pearl_hyper.parse_args())
 
 
 def test_the_defaults_are_the_papers_run(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["pearl_hyper.py"])
-    args = pearl_hyper.parse_args()
-    assert (args.env_id, args.model, args.context) == (
-        "HalfCheetahVelMedium-v0",
-        "hyper",
-        "learned",
-    )
-    assert (args.num_train_goals, args.num_test_goals, args.meta_batch_size) == (100, 30, 16)
-    assert (args.num_prior_steps, args.num_posterior_steps, args.num_train_steps) == (
-        400,
-        600,
-        2000,
-    )
-    assert (args.critic_lr, args.policy_lr, args.encoder_lr) == (5e-5, 1e-4, 3e-4)
-    assert args.primary_widths == (256, 512, 1024) and args.context_batch_size == 100
-    monkeypatch.setattr("sys.argv", ["pearl_hyper.py", "--env-id", "AntFwdBack-v0"])
-    args = pearl_hyper.parse_args()
-    assert (args.num_train_goals, args.meta_batch_size, args.num_train_steps) == (2, 4, 4000)
+    args = parsed(monkeypatch)
+    expected = dict(env_id="HalfCheetahVelMedium-v0", model="hyper", context="learned")
+    expected |= dict(num_iterations=400, num_initial_steps=2000, num_collect_goals=5, horizon=200)
+    expected |= dict(batch_size=256, buffer_size=1_000_000, latent_dim=5, kl_weight=0.1)
+    expected |= dict(gamma=0.99, tau=0.005, reward_scale=5.0, policy_reg=1e-3)
+    expected |= dict(critic_lr=5e-5, policy_lr=1e-4, encoder_lr=3e-4)
+    expected |= dict(primary_widths=(256, 512, 1024), dynamic_width=256, hyper_init="released")
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "env_id, numbers",
+    [
+        ("HalfCheetahFwdBack-v0", (2, 2, 1000, 1000, 2000, 4, 256, 4)),
+        ("AntFwdBack-v0", (2, 2, 400, 600, 4000, 4, 256, 2)),
+        ("HalfCheetahVel-v0", (100, 30, 400, 600, 2000, 16, 100, 1)),
+        ("AntVel-v0", (100, 30, 400, 600, 2000, 16, 100, 1)),
+        ("HalfCheetahVelMedium-v0", (100, 30, 400, 600, 2000, 16, 100, 1)),
+    ],
+)
+def test_every_family_has_the_released_numbers(env_id, numbers, monkeypatch):
+    args = parsed(monkeypatch, "--env-id", env_id)
+    names = "num_train_goals num_test_goals num_prior_steps num_posterior_steps num_train_steps"
+    names += " meta_batch_size context_batch_size eval_episodes"
+    assert tuple(args[name] for name in names.split()) == numbers
 
 
 @pytest.mark.parametrize(
