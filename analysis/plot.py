@@ -11,7 +11,8 @@ From {exp_name}/{env_id}/{model}/seed{seed}/eval.csv alone it writes
 
 What the numbers are:
 - evaluation: a run's mean return over the episodes (meta-RL: over the goals) of one step;
-- learning curve: mean over seeds, with the t-distribution's 95% interval;
+- learning curve: mean over seeds, with the t-distribution's 95% interval (of two seeds it says
+  nothing: their picture has a band from the one to the other);
 - final score: mean of a run's evaluations in the last 10% of the steps (meta-RL: of iterations);
 - baseline: mlp (MLP-Standard), for MAML vanilla after adaptation;
 - normalised score: (score - first) / (final - first), where first and final are the baseline's mean
@@ -307,10 +308,13 @@ def draw_returns(curves: pd.DataFrame, panels: list[str], title: str, file: Path
     rows, columns = -(-len(groups) // 2), min(2, len(groups))
     size = (1 + 3.8 * columns, 1 + 2.7 * rows)
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
-    figure.suptitle(f"{title}: mean over seeds, 95% interval", fontsize=11)
+    band = "95% interval" if curves.seeds.max() > 2 else "band from seed to seed"
+    figure.suptitle(f"{title}: mean over seeds, {band}", fontsize=11)
     colours = colours_of(curves.model.sort_values().unique())
     for axis, (name, table) in zip(axes.flat, groups):
         for model, curve in table.groupby("model"):
+            if curve.seeds.max() < 3:
+                curve = curve.assign(mean_low=curve["min"], mean_high=curve["max"])
             draw(axis, curve.step, curve, color=colours[model])
         seeds = "-".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
         axis.set_title(f"{name}, {seeds} seed{'s' * (seeds != '1')}", fontsize=10)
