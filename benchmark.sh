@@ -17,7 +17,7 @@ as you like and start it again: complete runs are skipped, partial ones go on fr
   --seeds N     seeds 1 to N (default: 5; 1 with --smoke)
   --jobs N      runs at a time, each with cores / N threads (default: as many as there are cores,
                 with one thread each); with --slurm array tasks at a time (default: no limit)
-  --smoke       every run in seconds, with small networks, in runs/smoke
+  --smoke       every run in seconds, with small networks, in smoke/, not runs/
   --slurm       submit one array job in place of training here; options that are not among these
                 are sbatch's: --slurm --partition=gpu --gres=gpu:1 --cpus-per-task=2 --time=2-0
                 --mem=8G. A preempted task is requeued and goes on from its checkpoint. What an
@@ -120,7 +120,7 @@ list() {
     local folder more='' word seed algorithm env kwargs critic family model
     local critics=(mlp mlp-small mlp-large resnet-features resnet35 d2rl as-hyper sa-hyper)
     local -A small=()
-    local tiny=' --runs-dir runs/smoke --eval-episodes 1 --primary-widths 8 16 --dynamic-width 8'
+    local tiny=' --runs-dir smoke --eval-episodes 1 --primary-widths 8 16 --dynamic-width 8'
     if [[ $smoke ]]; then
         small[td3]="$tiny --total-timesteps 120 --learning-starts 80 --eval-every 60"
         small[td3]+=" --checkpoint-every 20 --batch-size 16 --buffer-size 1000"

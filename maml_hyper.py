@@ -233,7 +233,7 @@ def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
     elif config_file.exists() or list(run_dir.glob("checkpoint*.pt")):
         try:
             old_config = json.loads(config_file.read_text())
-            old, old_versions = old_config["args"], old_config["versions"]
+            old, old_versions = old_config["args"], dict(old_config["versions"])
             extended = old["num_iterations"] < config["args"]["num_iterations"]
         except (OSError, ValueError, KeyError, TypeError):
             stop(f"{config_file} is missing or damaged; --overwrite starts afresh")
@@ -249,8 +249,10 @@ def claim_run(args: Args) -> tuple[Path, filelock.FileLock]:
         if summary_file.exists():
             print(f"{run_dir} is complete")
             sys.exit(0)
-        if versions != old_versions:
-            print(f"warning: {run_dir} began with {old_versions}: not bit for bit", file=sys.stderr)
+        differ = [name for name in versions if old_versions.get(name) != versions[name]]
+        if differ:
+            now = ", ".join(f"{n} was {old_versions.get(n)} and is {versions[n]}" for n in differ)
+            print(f"warning: {run_dir} will not repeat bit for bit: {now}", file=sys.stderr)
     write(config_file, json.dumps(config, indent=2) + "\n")
     return run_dir, lock
 

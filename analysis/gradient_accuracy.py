@@ -121,7 +121,7 @@ def find_runs(folders: list[Path]) -> dict[tuple, tuple[td3_hyper.Args, Path]]:
             except (OSError, ValueError, KeyError, TypeError):
                 stop(f"{config} does not hold the arguments of a run of td3_hyper.py")
             if not saved_steps(config.parent):
-                stop(f"{config.parent}: no step_N.pt there, train with --save-every")
+                stop(f"{config.parent}: no step_N.pt, wait for its end or use --save-every")
             run = (args.env_id, args.critic, args.seed)
             _, other = runs.setdefault(run, (args, config.parent))
             if not other.samefile(config.parent):

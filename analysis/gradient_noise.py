@@ -65,7 +65,7 @@ def find_runs(folders: tuple[Path, ...]) -> dict[Path, maml_hyper.Args]:
             except (OSError, ValueError, KeyError, TypeError):
                 stop(f"{config} does not hold the arguments of a run of maml_hyper.py")
             if not list(config.parent.glob("step_*.pt")):
-                stop(f"{config.parent}: no step_N.pt there, train with --save-every")
+                stop(f"{config.parent}: no step_N.pt, wait for its end or use --save-every")
             runs[config.parent] = args
     return runs
 

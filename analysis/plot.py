@@ -186,7 +186,10 @@ def normalise(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         first, steps = means["return"].iloc[0], means.step.iloc[-1]
         final = means["return"][in_last_tenth(means.index, means.index[-1])].mean()
         if final <= first:
-            notes.append(f"{exp_name}/{env_id}: {baseline} learnt nothing, no normalised scores")
+            notes.append(
+                f"{exp_name}/{env_id}: the final score of {baseline} is not above its first: "
+                "no normalised scores"
+            )
             first = np.nan
         rows.append((exp_name, env_id, baseline, first, final, steps))
     scale = pd.DataFrame(rows, columns=[*ENV, "baseline", "first", "final", "steps"])

@@ -122,8 +122,8 @@ def test_smoke_runs_learn_evaluate_and_complete_pasted_and_launched(folder):
     again = benchmark("--smoke", "--only", FOUR, **options)
     assert again.code == 0 and again.out.startswith("4 runs: 4 complete")
 
-    summaries = sorted((folder / "runs/smoke").rglob("summary.json"))
-    names = [summary.relative_to(folder / "runs/smoke").parts[0] for summary in summaries]
+    summaries = sorted((folder / "smoke").rglob("summary.json"))
+    names = [summary.relative_to(folder / "smoke").parts[0] for summary in summaries]
     assert names == ["maml_hyper", "pearl_hyper", "sac_hyper", "td3_hyper"]
     for summary in summaries:
         scalars = EventAccumulator(str(summary.parent)).Reload().Tags()["scalars"]
@@ -248,13 +248,13 @@ def test_after_sigkill_the_next_start_resumes_and_completes_what_is_missing(fold
     only = ["--only", "td3.*Hopper-v4.*--critic mlp "]
     args = ["--smoke", *only, "--", "--total-timesteps", "2000", "--eval-every", "1000"]
     process = subprocess.Popen([BENCHMARK, *args], cwd=folder, stdout=subprocess.DEVNULL, **OPTIONS)
-    run_dir = folder / "runs/smoke/td3_hyper/Hopper-v4/mlp/seed1"
+    run_dir = folder / "smoke/td3_hyper/Hopper-v4/mlp/seed1"
     wait_until((run_dir / "checkpoint.pt").exists)
     process.kill()
     process.wait()
     finished = benchmark(*args, cwd=folder)
     assert finished.code == 0 and finished.out.startswith("1 runs: 0 complete, 1 partial")
-    log = (folder / "runs/smoke/logs/td3_hyper/Hopper-v4/mlp/seed1.log").read_text()
+    log = (folder / "smoke/logs/td3_hyper/Hopper-v4/mlp/seed1.log").read_text()
     assert "resuming" in log and log.endswith("is complete\ncomplete\n")
 
 
@@ -459,7 +459,7 @@ def test_slurm_trains_resumes_what_was_preempted_and_skips_what_is_complete(fold
     args += ["--", "--total-timesteps", "2500", "--eval-every", "1000"]
     finished = benchmark(*args, cwd=folder, env=env)
     assert finished.code == 0 and "submitted 2 tasks as job 1" in finished.out, finished
-    run_dirs = [folder / f"runs/smoke/td3_hyper/Hopper-v4/{c}/seed1" for c in CRITICS[:2]]
+    run_dirs = [folder / f"smoke/td3_hyper/Hopper-v4/{c}/seed1" for c in CRITICS[:2]]
     wait_until((run_dirs[0] / "checkpoint.pt").exists)
     assert call("squeue", "--noheader", "--array", "--format=%K %t %P") == "2 PD low\n1 R low"
     call("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true")
@@ -473,11 +473,11 @@ def test_slurm_trains_resumes_what_was_preempted_and_skips_what_is_complete(fold
     finished = benchmark(*args, cwd=folder, env=env)
     assert finished.code == 0 and finished.out.startswith("2 runs: 2 complete"), finished
 
-    first, second = (folder / f"runs/smoke/logs/slurm/1_{n}.log" for n in (1, 2))
-    end = "complete: runs/smoke/logs/td3_hyper/Hopper-v4/{}/seed1.log\n"
+    first, second = (folder / f"smoke/logs/slurm/1_{n}.log" for n in (1, 2))
+    end = "complete: smoke/logs/td3_hyper/Hopper-v4/{}/seed1.log\n"
     assert "PREEMPTION" in first.read_text() and first.read_text().endswith(end.format("mlp"))
     assert second.read_text() == end.format("mlp-small")
-    log = (folder / "runs/smoke/logs/td3_hyper/Hopper-v4/mlp/seed1.log").read_text()
+    log = (folder / "smoke/logs/td3_hyper/Hopper-v4/mlp/seed1.log").read_text()
     assert log.count("starting") == 1 and log.count("resuming") == 1 and "exit code" not in log
 
 
