@@ -18,9 +18,10 @@ Holding the action makes the return depend on it more strongly, but what is fitt
 Q(s, a), after whose first step the policy takes over. `--hold 1` fits that.
 
 Writes gradient_accuracy.csv, a row a state, after each checkpoint, and from the whole of it a
-picture for each environment. The same command again measures only what the table lacks: delete the
-table to measure runs that were trained afresh. Norms are in return per unit of action; the cosine
-similarity is empty where a gradient is exactly 0, and counts as below every τ.
+picture for each environment; prints the shares of states above two thresholds. The same command
+again measures only what the table lacks: delete the table to measure runs that were trained
+afresh. Norms are in return per unit of action; the cosine similarity is empty where a gradient is
+exactly 0, and counts as below every τ.
 """
 
 import argparse
@@ -339,8 +340,12 @@ def main(args: argparse.Namespace) -> None:
         bar.write(f"{run_dir} step {step}: mean cosine similarity {mean:.3f} ({seconds:.1f} s)")
         sys.stdout.flush()
 
-    for env_id, table in pd.DataFrame(rows, columns=COLUMNS).groupby("env_id"):
-        plot(env_id, table, args.out / f"gradient_accuracy_{env_id.replace('/', '-')}.png")
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    cs = table.groupby(["env_id", "critic"]).cosine_similarity
+    shares = {f"above {tau}": cs.agg(lambda cs, tau=tau: (cs > tau).mean()) for tau in (0.25, 0.75)}
+    print(pd.DataFrame({"states": cs.size(), **shares, "mean": cs.mean()}).round(3).to_string())
+    for env_id, of_env in table.groupby("env_id"):
+        plot(env_id, of_env, args.out / f"gradient_accuracy_{env_id.replace('/', '-')}.png")
     print(f"{table_file} has {len(rows)} states, those of {len(todo)} checkpoints are new")
 
 
