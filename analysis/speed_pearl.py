@@ -1,6 +1,6 @@
 """Speed of PEARL, as ratios measured side by side in one run.
 
-    python analysis/speed_pearl.py            # two tables, 10 minutes on 2 cores
+    python analysis/speed_pearl.py            # two tables, 4 minutes on 2 cores
     python analysis/speed_pearl.py --memory   # peak memory at the paper's numbers
 
 The first table interleaves, and takes medians of,
