@@ -8,8 +8,8 @@ episodes of its own, with the run's goals and hyperparameters, and evaluates eac
 the test goals, always from the same starts and with the same action noise. How far the 50 returns
 spread stands for the noise of the gradient.
 
-Writes gradient_noise.csv, a row an update, and for each family a violin plot of the models side by
-side. The same command again measures only what the table lacks.
+Writes gradient_noise.csv, a row an update, and for each family a violin plot of the runs side by
+side, their seeds apart. The same command again measures only what the table lacks.
 """
 
 import json
@@ -118,22 +118,23 @@ def read_table(file: Path) -> list[tuple]:
 
 
 def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
-    """A violin a model and checkpoint, before and after adaptation; the updates of all seeds."""
-    models = [model for model in COLOURS if model in set(table.model)]
+    """A violin a run (model and seed) and checkpoint, before and after adaptation."""
+    runs = [(m, s) for m in COLOURS for s in sorted(table[table.model == m].seed.unique())]
     iterations = sorted(table.iteration.unique())
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     for axis, phase in zip(axes, ("pre", "post")):
-        for i, model in enumerate(models):
-            rows = table[table.model == model]
+        for i, (model, seed) in enumerate(runs):
+            rows = table[(table.model == model) & (table.seed == seed)]
             for place, iteration in enumerate(iterations):
                 values = rows[rows.iteration == iteration][f"{phase}_return"]
                 if values.empty:
                     continue
-                position = [place + (i - (len(models) - 1) / 2) * 0.8 / len(models)]
-                width = 0.7 / len(models)
+                position = [place + (i - (len(runs) - 1) / 2) * 0.8 / len(runs)]
+                width = 0.7 / len(runs)
                 violin = axis.violinplot(values, position, widths=width, showmeans=True)
                 for part in [*violin["bodies"], *(violin[k] for k in violin if k != "bodies")]:
                     part.set_color(COLOURS[model])
+        for model in dict(runs):
             axis.plot([], [], color=COLOURS[model], linewidth=6, alpha=0.5, label=model)
         axis.set_xticks(range(len(iterations)), iterations)
         axis.set_xlabel("iterations of training before the update")

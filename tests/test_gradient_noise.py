@@ -1,8 +1,10 @@
 """analysis/gradient_noise.py on small runs of maml_hyper.py."""
 
 import json
+import runpy
 from pathlib import Path
 
+import matplotlib.axes
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,6 +71,36 @@ def test_it_goes_on_where_it_stopped_and_draws_the_models_side_by_side(run_main)
     before = Path("out/gradient_noise.csv").stat().st_mtime
     assert run_main(NOISE, FAMILY, "--out", "out", *sizes, "--num-updates", 3).code == 0
     assert Path("out/gradient_noise.csv").stat().st_mtime == before
+
+
+def test_a_violin_is_of_one_run(monkeypatch, tmp_path):
+    drawn = []
+    violinplot = matplotlib.axes.Axes.violinplot
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "violinplot",
+        lambda axis, values, position, **kwargs: (
+            drawn.append((position[0], sorted(values))),
+            violinplot(axis, values, position, **kwargs),
+        )[1],
+    )
+    rows = [
+        ("hyper", 1, 10.0, 20.0),
+        ("hyper", 1, 11.0, 21.0),
+        ("hyper", 2, 70.0, 80.0),
+        ("hyper", 2, 71.0, 81.0),
+        ("context", 2, 1.0, 2.0),
+        ("context", 2, 3.0, 4.0),
+    ]
+    table = pd.DataFrame(rows, columns=["model", "seed", "pre_return", "post_return"])
+    table["iteration"] = 0
+    runpy.run_path(str(NOISE))["plot"]("family", table, tmp_path / "a.png")
+    before, after = drawn[:3], drawn[3:]
+    assert [values for _, values in before] == [[1, 3], [10, 11], [70, 71]]
+    assert [values for _, values in after] == [[2, 4], [20, 21], [80, 81]]
+    for violins in (before, after):
+        places = [place for place, _ in violins]
+        assert places == sorted(set(places)) and places[1] == pytest.approx(0)
 
 
 def test_bad_use_is_one_line(run_main, tmp_path):
