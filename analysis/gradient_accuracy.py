@@ -97,7 +97,10 @@ def make_envs(env_id: str, env_kwargs: str, num_states: int, num_actions: int) -
             f"--num-actions {num_actions}: must be at least {dims + 2} for {env_id}, to fit the "
             f"{dims} dimensions of its actions, an intercept and a residual"
         )
+    warn = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)  # what the first copy has said already
     envs = [env] + [td3_hyper.make_env(args) for _ in range(num_states + num_actions - 1)]
+    mujoco.set_mju_user_warning(warn)
     for env in envs:
         env.reset()
     return envs
@@ -145,6 +148,17 @@ def read_table(file: Path, settings: dict) -> list[tuple]:
         if not (table[name] == value).all():
             stop(f"{file} has another {name} than {value}, choose another --out")
     return list(table.itertuples(index=False, name=None))
+
+
+def load_agent(args: td3_hyper.Args, run_dir: Path, step: int, env: gym.Env) -> td3_hyper.Agent:
+    """The networks of step_N.pt; ends here if they are not those of the run."""
+    agent = td3_hyper.Agent(env.observation_space.shape[0], env.action_space, args)
+    file = run_dir / f"step_{step}.pt"
+    try:
+        agent.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+    except td3_hyper.LOAD_ERRORS as error:
+        stop(f"{file} does not hold the networks of {run_dir / 'config.json'}: {error}")
+    return agent
 
 
 def sample_states(envs: list, policy, rng: np.random.Generator, limit: int) -> np.ndarray:
@@ -240,8 +254,8 @@ def target_value(agent: td3_hyper.Agent, obs: np.ndarray) -> np.ndarray:
     return torch.min(*(critic(obs, action) for critic in agent.target_critics)).numpy()
 
 
-def measure(agent, gamma: float, state_envs, rollout_envs, hold: int, rng) -> list[tuple]:
-    """(cosine similarity, norm of the "true" gradient, of the critic's) of each state."""
+def rollouts(agent, gamma: float, envs, s, a, hold: int, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Actions (N, action) around a = π(s) and their returns (N,), all N environments being in s."""
 
     def policy(obs):
         return td3_hyper.act(agent.actor, obs)
@@ -249,15 +263,23 @@ def measure(agent, gamma: float, state_envs, rollout_envs, hold: int, rng) -> li
     def value(obs):
         return target_value(agent, obs)
 
-    obs = sample_states(state_envs, policy, rng, state_envs[0].spec.max_episode_steps)
     low, high = agent.actor.low.numpy(), agent.actor.high.numpy()
+    epsilon = rng.standard_normal((len(envs), len(a)), dtype=np.float32)
+    actions = (a + STD * (high - low) / 2 * epsilon).clip(low, high)
+    return actions, discounted_returns(envs, s, actions, policy, value, gamma, hold)
+
+
+def measure(agent, gamma: float, state_envs, rollout_envs, hold: int, rng) -> list[tuple]:
+    """(cosine similarity, norm of the "true" gradient, of the critic's) of each state."""
+
+    def policy(obs):
+        return td3_hyper.act(agent.actor, obs)
+
+    obs = sample_states(state_envs, policy, rng, state_envs[0].spec.max_episode_steps)
     rows = []
     for env, s, a, of_critic in zip(state_envs, obs, policy(obs), critic_gradient(agent, obs)):
         copy_checked(env, rollout_envs, a)
-        epsilon = rng.standard_normal((len(rollout_envs), len(a)), dtype=np.float32)
-        actions = (a + STD * (high - low) / 2 * epsilon).clip(low, high)  # (N, action)
-        returns = discounted_returns(rollout_envs, s, actions, policy, value, gamma, hold)
-        true = estimate_gradient(actions, returns)
+        true = estimate_gradient(*rollouts(agent, gamma, rollout_envs, s, a, hold, rng))
         norms = (np.linalg.norm(true), np.linalg.norm(of_critic))
         rows.append((cosine_similarity(true, of_critic), *norms))
     return rows
@@ -322,14 +344,8 @@ def main(args: argparse.Namespace) -> None:
     for run, step in (bar := tqdm(todo, disable=None)):  # a bar on a terminal
         start = time.perf_counter()
         run_args, run_dir = runs[run]
-        file = run_dir / f"step_{step}.pt"
         state_envs, rollout_envs = envs[run][: args.num_states], envs[run][args.num_states :]
-        obs_dim, action_space = state_envs[0].observation_space.shape[0], state_envs[0].action_space
-        try:
-            agent = td3_hyper.Agent(obs_dim, action_space, run_args)
-            agent.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
-        except td3_hyper.LOAD_ERRORS as error:
-            stop(f"{file} does not hold the networks of {run_dir / 'config.json'}: {error}")
+        agent = load_agent(run_args, run_dir, step, state_envs[0])
         rng = np.random.default_rng([run_args.seed, step])
         new = measure(agent, run_args.gamma, state_envs, rollout_envs, args.hold, rng)
         rows += [(*run, step, i, *numbers, *settings.values()) for i, numbers in enumerate(new)]

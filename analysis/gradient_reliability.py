@@ -1,0 +1,106 @@
+"""How far the "true" gradient of gradient_accuracy.py can be trusted, in runs of td3_hyper.py.
+
+    python analysis/gradient_reliability.py runs/td3_hyper --out results
+
+A similarity near 0 has two readings: the critic's gradient is wrong, or the estimate that it is
+compared with is noise. Here each state of a run's last step_N.pt gets two independent estimates of
+the gradient, of N rollouts each, and their cosine similarity is a measure of the second: no critic
+can be told from another where two estimates of one and the same gradient disagree.
+
+Writes gradient_reliability.csv, a row a state and N, with the similarity of the two estimates, and
+of the first one and the critic's gradient, after each run; prints their means. Empty where a
+gradient is exactly 0.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from gradient_accuracy import (
+    copy_checked,
+    cosine_similarity,
+    critic_gradient,
+    estimate_gradient,
+    find_runs,
+    load_agent,
+    make_envs,
+    rollouts,
+    sample_states,
+    saved_steps,
+)
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import td3_hyper  # noqa: E402
+from td3_hyper import stop  # noqa: E402
+
+RUN = ["env_id", "critic", "seed"]
+COLUMNS = [*RUN, "step", "state", "num_actions", "similarity_of_two", "cosine_similarity"]
+
+
+def parse_args() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.error = stop  # in one line
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="run directories of td3_hyper.py, or folders of them")
+    add("--out", type=Path, default="results", help="folder of the table")
+    add("--num-states", type=int, default=15, help="states a run: 15 (paper)")
+    add("--num-actions", type=int, nargs="+", default=[15, 30, 60, 120], help="rollouts a fit")
+    add("--hold", type=int, default=3, help="steps that a rollout holds its action: 3 (released)")
+    args = parser.parse_args()
+    for name, value in {"num_states": args.num_states, "hold": args.hold}.items():
+        if value < 1:
+            stop(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    return args
+
+
+def similarities(actions, returns, of_critic, num_actions: int) -> tuple[float, float]:
+    """Of two estimates, of `num_actions` rollouts each, and of the first and the critic's."""
+    first, second = (
+        estimate_gradient(actions[part], returns[part])
+        for part in (slice(num_actions), slice(num_actions, 2 * num_actions))
+    )
+    return cosine_similarity(first, second), cosine_similarity(first, of_critic)
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    runs = find_runs(args.runs)
+    least, most = min(args.num_actions), max(args.num_actions)
+    for run_args, _ in runs.values():
+        make_envs(run_args.env_id, run_args.env_kwargs, 1, least)  # refuses too few
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--out {args.out}: cannot write there: {error}")
+    rows = []
+    for run, (run_args, run_dir) in tqdm(sorted(runs.items()), disable=None):
+        envs = make_envs(run_args.env_id, run_args.env_kwargs, args.num_states, 2 * most)
+        state_envs, rollout_envs = envs[: args.num_states], envs[args.num_states :]
+        step = saved_steps(run_dir)[-1]
+        agent = load_agent(run_args, run_dir, step, state_envs[0])
+        rng = np.random.default_rng([run_args.seed, step])
+
+        def policy(obs, agent=agent):
+            return td3_hyper.act(agent.actor, obs)
+
+        obs = sample_states(state_envs, policy, rng, state_envs[0].spec.max_episode_steps)
+        for i, (s, a, of_critic) in enumerate(zip(obs, policy(obs), critic_gradient(agent, obs))):
+            copy_checked(state_envs[i], rollout_envs, a)
+            sampled = rollouts(agent, run_args.gamma, rollout_envs, s, a, args.hold, rng)
+            for n in args.num_actions:
+                rows.append((*run, step, i, n, *similarities(*sampled, of_critic, n)))
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        file = args.out / "gradient_reliability.csv"
+        td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
+    means = table.groupby(["env_id", "critic", "num_actions"])[COLUMNS[-2:]].mean()
+    print(means.round(2).to_string())
+
+
+if __name__ == "__main__":
+    main(parse_args())
