@@ -112,21 +112,21 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def find_runs(folders: list[Path]) -> dict[tuple, tuple[td3_hyper.Args, Path]]:
-    """(env_id, critic, seed) -> arguments and directory of each run; ends here if one won't do."""
+def find_runs(folders: list[Path], script=td3_hyper, model: str = "critic") -> dict[tuple, tuple]:
+    """(env_id, model, seed) -> (arguments, directory) of each run; ends here if one won't do."""
     runs = {}
     for folder in folders:
         configs = sorted(folder.rglob("config.json"))
         if not configs:
-            stop(f"{folder}: no run of td3_hyper.py there, a directory with a config.json")
+            stop(f"{folder}: no run of {script.__name__}.py there, a directory with a config.json")
         for config in configs:
             try:
-                args = td3_hyper.Args(**json.loads(config.read_text())["args"])
+                args = script.Args(**json.loads(config.read_text())["args"])
             except (OSError, ValueError, KeyError, TypeError):
-                stop(f"{config} does not hold the arguments of a run of td3_hyper.py")
+                stop(f"{config} does not hold the arguments of a run of {script.__name__}.py")
             if not saved_steps(config.parent):
                 stop(f"{config.parent}: no step_N.pt, wait for its end or use --save-every")
-            run = (args.env_id, args.critic, args.seed)
+            run = (args.env_id, getattr(args, model), args.seed)
             _, other = runs.setdefault(run, (args, config.parent))
             if not other.samefile(config.parent):
                 stop(f"{other} and {config.parent} are both {' '.join(map(str, run))}: give one")
@@ -136,12 +136,12 @@ def find_runs(folders: list[Path]) -> dict[tuple, tuple[td3_hyper.Args, Path]]:
     return runs
 
 
-def read_table(file: Path, settings: dict) -> list[tuple]:
+def read_table(file: Path, columns: list[str], settings: dict) -> list[tuple]:
     """The rows measured so far; ends here if it was with other settings."""
     if not file.exists():
         return []
     try:
-        table = pd.read_csv(file, dtype={"exp_name": str})[COLUMNS]
+        table = pd.read_csv(file, dtype={"exp_name": str})[columns]
     except (OSError, ValueError, KeyError):
         stop(f"{file} is not a table of this script, choose another --out")
     for name, value in settings.items():
@@ -332,7 +332,7 @@ def main(args: argparse.Namespace) -> None:
     exp_name = next(iter(runs.values()))[0].exp_name
     settings = dict(zip(SETTINGS, (*sizes, args.hold, exp_name)))
     table_file = args.out / "gradient_accuracy.csv"
-    rows = read_table(table_file, settings)
+    rows = read_table(table_file, COLUMNS, settings)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

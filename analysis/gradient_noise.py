@@ -9,10 +9,10 @@ the test goals, always from the same starts and with the same action noise. How 
 spread stands for the noise of the gradient.
 
 Writes gradient_noise.csv, a row an update, and for each family a violin plot of the runs side by
-side, their seeds apart. The same command again measures only what the table lacks.
+side, their seeds apart. The same command again measures only what the table lacks: delete the table
+to measure runs that were trained afresh.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from gradient_accuracy import find_runs, read_table, saved_steps
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -34,7 +35,7 @@ from maml_hyper import stop  # noqa: E402
 from meta_envs import MetaVectorEnv, sample_goals  # noqa: E402
 
 KEY = ["env_id", "model", "seed", "iteration", "update"]
-COLUMNS = [*KEY, "pre_return", "post_return", "kl"]
+COLUMNS = [*KEY, "pre_return", "post_return", "kl", "exp_name"]  # one experiment a table
 COLOURS = {"vanilla": "#000000", "context": "#0072b2", "hyper": "#d55e00"}  # Okabe and Ito's
 
 
@@ -52,27 +53,9 @@ class Args:
     """independent updates from each stored policy (paper)"""
 
 
-def find_runs(folders: tuple[Path, ...]) -> dict[Path, maml_hyper.Args]:
-    """Directory and arguments of each run; ends here if there is none or one will not do."""
-    runs = {}
-    for folder in folders:
-        configs = sorted(folder.rglob("config.json"))
-        if not configs:
-            stop(f"{folder}: no run of maml_hyper.py there, a directory with a config.json")
-        for config in configs:
-            try:
-                args = maml_hyper.Args(**json.loads(config.read_text())["args"])
-            except (OSError, ValueError, KeyError, TypeError):
-                stop(f"{config} does not hold the arguments of a run of maml_hyper.py")
-            if not list(config.parent.glob("step_*.pt")):
-                stop(f"{config.parent}: no step_N.pt, wait for its end or use --save-every")
-            runs[config.parent] = args
-    return runs
-
-
 def chosen_iterations(run_dir: Path, num: int) -> list[int]:
     """The N of `num` of its step_N.pt, evenly spread, or of all."""
-    saved = sorted(int(file.stem.removeprefix("step_")) for file in run_dir.glob("step_*.pt"))
+    saved = saved_steps(run_dir)
     places = np.linspace(0, len(saved) - 1, min(num, len(saved))).round().astype(int)
     return [saved[place] for place in places]
 
@@ -105,16 +88,6 @@ class Run:
         test = maml_hyper.adapt_and_sample(self.policy, self.test_envs, eval_rng, self.args)
         returns = test.returns["pre"].mean(), test.returns.get("post", test.returns["pre"]).mean()
         return (*returns, result["kl"])
-
-
-def read_table(file: Path) -> list[tuple]:
-    """The rows measured so far."""
-    if not file.exists():
-        return []
-    try:
-        return list(pd.read_csv(file)[COLUMNS].itertuples(index=False, name=None))
-    except (OSError, ValueError, KeyError):
-        stop(f"{file} is not a table of this script, choose another --out")
 
 
 def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
@@ -151,19 +124,22 @@ def main(args: Args) -> None:
     for name in ("num_checkpoints", "num_updates"):
         if getattr(args, name) < 1:
             stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    runs = find_runs(args.runs)
+    runs = find_runs(args.runs, maml_hyper, "model")
+    exp_name = next(iter(runs.values()))[0].exp_name
     table_file = args.out / "gradient_noise.csv"
-    rows = read_table(table_file)
+    rows = read_table(table_file, COLUMNS, {"exp_name": exp_name})
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         stop(f"--out {args.out}: cannot write there: {error}")
     maml_hyper.fast_matmul()
     maml_hyper.keep_freed_memory()
-    for run_dir, run_args in runs.items():
+    for name, (run_args, run_dir) in runs.items():
+        if not torch.cuda.is_available():
+            run_args.device = "cpu"
         run = None
         for iteration in chosen_iterations(run_dir, args.num_checkpoints):
-            key = (run_args.env_id, run_args.model, run_args.seed, iteration)
+            key = (*name, iteration)
             measured = {row[4] for row in rows if row[:4] == key}
             todo = [update for update in range(args.num_updates) if update not in measured]
             if not todo:
@@ -176,7 +152,7 @@ def main(args: Args) -> None:
             except maml_hyper.LOAD_ERRORS as error:
                 stop(f"{file} does not hold the policy of {run_dir / 'config.json'}: {error}")
             for update in tqdm(todo, desc=" ".join(map(str, key)), disable=None):
-                rows.append((*key, update, *run.measure(weights, iteration, update)))
+                rows.append((*key, update, *run.measure(weights, iteration, update), exp_name))
                 table = pd.DataFrame(sorted(rows), columns=COLUMNS)
                 maml_hyper.write(table_file, table.to_csv(index=False, float_format="%.6g"))
             new = [row[6] for row in rows if row[:4] == key]

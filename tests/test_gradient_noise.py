@@ -1,7 +1,8 @@
 """analysis/gradient_noise.py on small runs of maml_hyper.py."""
 
 import json
-import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import matplotlib.axes
@@ -15,6 +16,10 @@ from test_run_maml import SCRIPT, SMALL
 
 import maml_hyper
 from meta_envs import MetaVectorEnv, sample_goals
+
+sys.path.insert(0, str(ROOT / "analysis"))
+
+import gradient_noise  # noqa: E402
 
 NOISE = ROOT / "analysis" / "gradient_noise.py"
 FAMILY = Path("runs/maml_hyper/HalfCheetahFwdBack-v0")
@@ -94,7 +99,7 @@ def test_a_violin_is_of_one_run(monkeypatch, tmp_path):
     ]
     table = pd.DataFrame(rows, columns=["model", "seed", "pre_return", "post_return"])
     table["iteration"] = 0
-    runpy.run_path(str(NOISE))["plot"]("family", table, tmp_path / "a.png")
+    gradient_noise.plot("family", table, tmp_path / "a.png")
     before, after = drawn[:3], drawn[3:]
     assert [values for _, values in before] == [[1, 3], [10, 11], [70, 71]]
     assert [values for _, values in after] == [[2, 4], [20, 21], [80, 81]]
@@ -111,6 +116,19 @@ def test_bad_use_is_one_line(run_main, tmp_path):
     Path("out").mkdir()
     Path("out/gradient_noise.csv").write_text("a,b\n1,2\n")
     assert_refused(run_main(NOISE, run_dir, "--out", "out"), "not a table of this script")
+    measured = run_main(
+        NOISE, run_dir, "--out", "other", "--num-checkpoints", 1, "--num-updates", 1
+    )
+    assert measured.code == 0, measured.err
+    table = Path("other/gradient_noise.csv").read_text()
+    copy = Path("copy")
+    shutil.copytree(run_dir, copy)
+    assert_refused(run_main(NOISE, run_dir, copy), "vanilla 1", "give one")
+    config = json.loads((copy / "config.json").read_text())
+    config["args"]["exp_name"] = "second"
+    (copy / "config.json").write_text(json.dumps(config))
+    assert_refused(run_main(NOISE, copy, "--out", "other"), "another exp_name than second")
+    assert Path("other/gradient_noise.csv").read_text() == table
     for file in run_dir.glob("step_*.pt"):
         file.unlink()
     assert_refused(run_main(NOISE, run_dir), "--save-every")
