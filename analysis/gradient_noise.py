@@ -13,15 +13,14 @@ side, their seeds apart. The same command again measures only what the table lac
 to measure runs that were trained afresh.
 """
 
+import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-import tyro
 from gradient_accuracy import find_runs, read_table, saved_steps
 from tqdm import tqdm
 
@@ -39,18 +38,22 @@ COLUMNS = [*KEY, "pre_return", "post_return", "kl", "exp_name"]  # one experimen
 COLOURS = {"vanilla": "#000000", "context": "#0072b2", "hyper": "#d55e00"}  # Okabe and Ito's
 
 
-@dataclass
-class Args:
-    """Measure the noise of the meta-updates."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run directories of maml_hyper.py with their step_N.pt, or folders of them"""
-    out: Path = Path("results")
-    """folder of the table and the pictures"""
-    num_checkpoints: int = 4
-    """stored policies of a run, evenly spread over what it has (paper)"""
-    num_updates: int = 50
-    """independent updates from each stored policy (paper)"""
+def parse_args() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.error = stop  # in one line
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="run directories of maml_hyper.py, or folders of them")
+    add("--out", type=Path, default="results", help="folder of the table and the pictures")
+    add(
+        "--num-checkpoints", type=int, default=4, help="policies of a run, evenly spread: 4 (paper)"
+    )
+    add("--num-updates", type=int, default=50, help="independent updates of each: 50 (paper)")
+    args = parser.parse_args()
+    for name in ("num_checkpoints", "num_updates"):
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    return args
 
 
 def chosen_iterations(run_dir: Path, num: int) -> list[int]:
@@ -120,10 +123,7 @@ def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
     plt.close(figure)
 
 
-def main(args: Args) -> None:
-    for name in ("num_checkpoints", "num_updates"):
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+def main(args: argparse.Namespace) -> None:
     runs = find_runs(args.runs, maml_hyper, "model")
     exp_name = next(iter(runs.values()))[0].exp_name
     table_file = args.out / "gradient_noise.csv"
@@ -165,4 +165,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args())

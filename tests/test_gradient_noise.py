@@ -109,6 +109,7 @@ def test_a_violin_is_of_one_run(monkeypatch, tmp_path):
 
 
 def test_bad_use_is_one_line(run_main, tmp_path):
+    assert_refused(run_main(NOISE), "runs")
     assert_refused(run_main(NOISE, "nowhere"), "nowhere", "no run of maml_hyper.py")
     run_dir = train(run_main, "vanilla")
     assert_refused(run_main(NOISE, run_dir, "--num-updates", 0), "--num-updates 0")
