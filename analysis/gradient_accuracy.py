@@ -1,7 +1,7 @@
 """How good the critics' action gradients are (paper, Sec. 3, Fig. 3), in runs of td3_hyper.py.
 
     python td3_hyper.py --env-id Hopper-v4 --critic sa-hyper --save-every 10000
-    python analysis/gradient_accuracy.py runs/td3_hyper --out results
+    python analysis/gradient_accuracy.py runs/td3_hyper
 
 For every step_N.pt and each of 15 states of its policy's own distribution, two gradients of Q in
 the action at a = π(s), and their cosine similarity:
@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
     parser.error = stop  # in one line
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="run directories of td3_hyper.py, or folders of them")
-    add("--out", type=Path, default="results", help="folder of the table and the pictures")
+    add("--out", type=Path, default="plots", help="folder of the table and pictures: %(default)s")
     add("--num-states", type=int, default=15, help="states a checkpoint: 15 (paper)")
     add("--num-actions", type=int, default=15, help="rollouts a state: 15 (paper)")
     add("--hold", type=int, default=3, help="steps that a rollout holds its action: 3 (released)")

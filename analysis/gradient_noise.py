@@ -1,7 +1,7 @@
 """How noisy the meta-updates of MAML are (paper, Sec. 4.2, Fig. 5), in runs of maml_hyper.py.
 
     python maml_hyper.py --model hyper --save-every 100
-    python analysis/gradient_noise.py runs/maml_hyper/HalfCheetahFwdBack-v0 --out results
+    python analysis/gradient_noise.py runs/maml_hyper
 
 From each of 4 stored policies of a run it makes 50 updates, each from the same policy but on
 episodes of its own, with the run's goals and hyperparameters, and evaluates each updated policy on
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.error = stop  # in one line
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="run directories of maml_hyper.py, or folders of them")
-    add("--out", type=Path, default="results", help="folder of the table and the pictures")
+    add("--out", type=Path, default="plots", help="folder of the table and pictures: %(default)s")
     add(
         "--num-checkpoints", type=int, default=4, help="policies of a run, evenly spread: 4 (paper)"
     )
@@ -137,8 +137,9 @@ def main(args: argparse.Namespace) -> None:
     for name, (run_args, run_dir) in runs.items():
         if not torch.cuda.is_available():
             run_args.device = "cpu"
-        run = None
-        for iteration in chosen_iterations(run_dir, args.num_checkpoints):
+        run, chosen = None, chosen_iterations(run_dir, args.num_checkpoints)
+        print(f"{run_dir}: {len(chosen)} of its {len(saved_steps(run_dir))} stored policies")
+        for iteration in chosen:
             key = (*name, iteration)
             measured = {row[4] for row in rows if row[:4] == key}
             todo = [update for update in range(args.num_updates) if update not in measured]
@@ -156,9 +157,8 @@ def main(args: argparse.Namespace) -> None:
                 table = pd.DataFrame(sorted(rows), columns=COLUMNS)
                 maml_hyper.write(table_file, table.to_csv(index=False, float_format="%.6g"))
             new = [row[6] for row in rows if row[:4] == key]
-            print(
-                f"{run_dir} step {iteration}: {np.mean(new):.1f}, std {np.std(new):.1f}", flush=True
-            )
+            print(f"iteration {iteration}: after adaptation {np.mean(new):.1f} ± {np.std(new):.1f}")
+            sys.stdout.flush()
     for env_id, table in pd.DataFrame(rows, columns=COLUMNS).groupby("env_id"):
         plot(env_id, table, args.out / f"gradient_noise_{env_id}.png")
     print(f"{table_file} has {len(rows)} updates")

@@ -1,6 +1,6 @@
 """How far the "true" gradient of gradient_accuracy.py can be trusted, in runs of td3_hyper.py.
 
-    python analysis/gradient_reliability.py runs/td3_hyper --out results
+    python analysis/gradient_reliability.py runs/td3_hyper
 
 A similarity near 0 has two readings: the critic's gradient is wrong, or the estimate that it is
 compared with is noise. Here each state of a run's last step_N.pt gets two independent estimates of
@@ -9,7 +9,7 @@ can be told from another where two estimates of one and the same gradient disagr
 
 Writes gradient_reliability.csv, a row a state and N, with the similarity of the two estimates, and
 of the first one and the critic's gradient, after each run; prints their means. Empty where a
-gradient is exactly 0.
+gradient is exactly 0. The same command again measures only the runs that the table lacks.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from gradient_accuracy import (
     find_runs,
     load_agent,
     make_envs,
+    read_table,
     rollouts,
     sample_states,
     saved_steps,
@@ -39,7 +40,9 @@ import td3_hyper  # noqa: E402
 from td3_hyper import stop  # noqa: E402
 
 RUN = ["env_id", "critic", "seed"]
-COLUMNS = [*RUN, "step", "state", "num_actions", "similarity_of_two", "cosine_similarity"]
+SIMILARITIES = ["similarity_of_two", "cosine_similarity"]
+SETTINGS = ["num_states", "hold", "exp_name"]  # the same in every row of a table
+COLUMNS = [*RUN, "step", "state", "num_actions", *SIMILARITIES, *SETTINGS]
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,9 +51,15 @@ def parse_args() -> argparse.Namespace:
     parser.error = stop  # in one line
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="run directories of td3_hyper.py, or folders of them")
-    add("--out", type=Path, default="results", help="folder of the table")
+    add("--out", type=Path, default="plots", help="folder of the table: %(default)s")
     add("--num-states", type=int, default=15, help="states a run: 15 (paper)")
-    add("--num-actions", type=int, nargs="+", default=[15, 30, 60, 120], help="rollouts a fit")
+    add(
+        "--num-actions",
+        type=int,
+        nargs="+",
+        default=[15, 30, 60, 120],
+        help="rollouts an estimate: 15 (paper) 30 60 120",
+    )
     add("--hold", type=int, default=3, help="steps that a rollout holds its action: 3 (released)")
     args = parser.parse_args()
     for name, value in {"num_states": args.num_states, "hold": args.hold}.items():
@@ -74,15 +83,23 @@ def main(args: argparse.Namespace) -> None:
     least, most = min(args.num_actions), max(args.num_actions)
     for run_args, _ in runs.values():
         make_envs(run_args.env_id, run_args.env_kwargs, 1, least)  # refuses too few
+    exp_name = next(iter(runs.values()))[0].exp_name
+    settings = dict(zip(SETTINGS, (args.num_states, args.hold, exp_name)))
+    file = args.out / "gradient_reliability.csv"
+    rows = read_table(file, COLUMNS, settings)
+    if rows and {row[5] for row in rows} != set(args.num_actions):
+        stop(f"{file} has other num_actions than {args.num_actions}, choose another --out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         stop(f"--out {args.out}: cannot write there: {error}")
-    rows = []
-    for run, (run_args, run_dir) in tqdm(sorted(runs.items()), disable=None):
+    measured = {row[:4] for row in rows}
+    todo = [(run, saved_steps(runs[run][1])[-1]) for run in sorted(runs)]
+    todo = [(run, step) for run, step in todo if (*run, step) not in measured]
+    for run, step in tqdm(todo, disable=None):
+        run_args, run_dir = runs[run]
         envs = make_envs(run_args.env_id, run_args.env_kwargs, args.num_states, 2 * most)
         state_envs, rollout_envs = envs[: args.num_states], envs[args.num_states :]
-        step = saved_steps(run_dir)[-1]
         agent = load_agent(run_args, run_dir, step, state_envs[0])
         rng = np.random.default_rng([run_args.seed, step])
 
@@ -94,11 +111,12 @@ def main(args: argparse.Namespace) -> None:
             copy_checked(state_envs[i], rollout_envs, a)
             sampled = rollouts(agent, run_args.gamma, rollout_envs, s, a, args.hold, rng)
             for n in args.num_actions:
-                rows.append((*run, step, i, n, *similarities(*sampled, of_critic, n)))
-        table = pd.DataFrame(rows, columns=COLUMNS)
-        file = args.out / "gradient_reliability.csv"
+                numbers = similarities(*sampled, of_critic, n)
+                rows.append((*run, step, i, n, *numbers, *settings.values()))
+        table = pd.DataFrame(sorted(rows), columns=COLUMNS)
         td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
-    means = table.groupby(["env_id", "critic", "num_actions"])[COLUMNS[-2:]].mean()
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    means = table.groupby(["env_id", "critic", "num_actions"])[SIMILARITIES].mean()
     print(means.round(2).to_string())
 
 

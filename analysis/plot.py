@@ -1,6 +1,6 @@
 """Learning curves, normalised scores and the train/test pair (paper, Figs. 4, 6 and 7).
 
-    python analysis/plot.py runs --out results
+    python analysis/plot.py runs
 
 From {exp_name}/{env_id}/{model}/seed{seed}/eval.csv alone it writes
 - learning_curves_{exp_name}.png and learning_curves.csv, .md: return over steps (Fig. 4);
@@ -71,7 +71,7 @@ class Args:
 
     paths: tyro.conf.Positional[tuple[str, ...]]
     """run directories, or folders of them"""
-    out: str = "results"
+    out: str = "plots"
     """folder of the pictures and tables"""
 
 

@@ -538,11 +538,11 @@ def test_bad_use_is_one_line_and_writes_nothing(run_main):
     ]:
         assert_refused(run_main(SCRIPT, *args), *words)
     changed = {name for name in files(Path()) if name not in before}
-    assert changed <= {Path("MUJOCO_LOG.TXT")} and not Path("results").exists()
+    assert changed <= {Path("MUJOCO_LOG.TXT")} and not Path("plots").exists()
 
 
 @pytest.mark.parametrize("name", ["damaged", "networks"])
 def test_a_step_file_that_does_not_load_is_one_line(run_main, name):
     bad_runs()
     assert_refused(run_main(SCRIPT, name), f"{name}/step_0.pt does not hold the networks")
-    assert not list(Path("results").iterdir())
+    assert not list(Path("plots").iterdir())

@@ -57,7 +57,7 @@ def test_a_row_a_state_and_number_of_rollouts_of_the_last_step(run_main):
     assert finished.code == 0 and finished.err == "", finished
     table = pd.read_csv(TABLE)
     assert list(table.columns) == gradient_reliability.COLUMNS
-    keys = [(seed, 7, i, n) for seed in (1, 2) for i in (0, 1) for n in (15, 6)]
+    keys = [(seed, 7, i, n) for seed in (1, 2) for i in (0, 1) for n in (6, 15)]
     assert list(table[["seed", "step", "state", "num_actions"]].itertuples(index=False)) == keys
     numbers = table[["similarity_of_two", "cosine_similarity"]]
     assert numbers.abs().max().max() <= 1 and numbers.nunique().min() == 8
@@ -77,4 +77,26 @@ def test_bad_use_is_one_line_and_writes_nothing(run_main):
     for option, value in (("--num-states", 0), ("--hold", 0), ("--num-actions", 4)):
         assert_refused(run_main(SCRIPT, "runs", option, value), f"{option} {value}")
     assert_refused(run_main(SCRIPT, "runs", "--out", "/dev/null/x"), "--out /dev/null/x")
-    assert not Path("results").exists()
+    assert not Path("plots").exists()
+
+
+def test_it_goes_on_where_it_stopped_and_refuses_a_table_of_other_settings(run_main):
+    def measure(runs, *options):
+        return run_main(SCRIPT, runs, *SMALL, "--num-actions", 6, 15, *options)
+
+    for seed in (1, 2):
+        tga.make_run(Path(f"runs/td3_hyper/Hopper-v4/mlp-small/seed{seed}"), seed=seed)
+    assert measure("runs").code == 0
+    whole = TABLE.read_text()
+    TABLE.unlink()
+    assert measure("runs/td3_hyper/Hopper-v4/mlp-small/seed2").code == 0
+    half = TABLE.read_text()
+    assert measure("runs").code == 0
+    assert TABLE.read_text() == whole != half
+    before = TABLE.stat().st_mtime_ns
+    assert measure("runs").code == 0 and TABLE.stat().st_mtime_ns == before
+    assert_refused(measure("runs", "--hold", 1), "another hold than 1")
+    few = run_main(SCRIPT, "runs", *SMALL, "--num-actions", 15)
+    assert_refused(few, "other num_actions than [15]")
+    TABLE.write_text("a,b\n1,2\n")
+    assert_refused(measure("runs"), "not a table of this script")
