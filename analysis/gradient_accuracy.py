@@ -27,6 +27,7 @@ exactly 0, and counts as below every τ.
 import argparse
 import functools
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -325,6 +326,7 @@ def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is a crash like any other
     torch.set_num_threads(1)  # batches of 15 gain nothing from more, and wait for busy cores
     runs = find_runs(args.runs)
     sizes = (args.num_states, args.num_actions)

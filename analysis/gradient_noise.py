@@ -14,6 +14,7 @@ to measure runs that were trained afresh.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -124,6 +125,7 @@ def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is a crash like any other
     runs = find_runs(args.runs, maml_hyper, "model")
     exp_name = next(iter(runs.values()))[0].exp_name
     table_file = args.out / "gradient_noise.csv"

@@ -13,6 +13,7 @@ gradient is exactly 0. The same command again measures only the runs that the ta
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def similarities(actions, returns, of_critic, num_actions: int) -> tuple[float, 
 
 
 def main(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is a crash like any other
     torch.set_num_threads(1)
     runs = find_runs(args.runs)
     least, most = min(args.num_actions), max(args.num_actions)
@@ -96,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     measured = {row[:4] for row in rows}
     todo = [(run, saved_steps(runs[run][1])[-1]) for run in sorted(runs)]
     todo = [(run, step) for run, step in todo if (*run, step) not in measured]
-    for run, step in tqdm(todo, disable=None):
+    for run, step in (bar := tqdm(todo, disable=None)):  # a bar on a terminal
         run_args, run_dir = runs[run]
         envs = make_envs(run_args.env_id, run_args.env_kwargs, args.num_states, 2 * most)
         state_envs, rollout_envs = envs[: args.num_states], envs[args.num_states :]
@@ -115,6 +117,8 @@ def main(args: argparse.Namespace) -> None:
                 rows.append((*run, step, i, n, *numbers, *settings.values()))
         table = pd.DataFrame(sorted(rows), columns=COLUMNS)
         td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
+        bar.write(f"{run_dir} step {step} is measured")
+        sys.stdout.flush()
     table = pd.DataFrame(rows, columns=COLUMNS)
     means = table.groupby(["env_id", "critic", "num_actions"])[SIMILARITIES].mean()
     print(means.round(2).to_string())

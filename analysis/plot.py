@@ -121,6 +121,8 @@ def read(paths: tuple[str, ...]) -> tuple[pd.DataFrame, list[str]]:
 
 def read_run(file: Path) -> pd.DataFrame:
     """Columns time (global step, or iteration), step, split, phase, return (mean of the rows)."""
+    if not file.read_bytes().endswith(b"\n"):
+        raise ValueError("its last line is cut")
     table = pd.read_csv(file)
     if "global_step" in table:
         table = table.rename(columns={"global_step": "time"})

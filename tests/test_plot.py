@@ -297,6 +297,7 @@ BAD = {
     "other columns": (["runs"], "a,b\n1,2\n", "columns"),
     "text": (["runs"], "global_step,episode,return,length\n0,0,x,1\n", "x"),
     "torn": (["runs"], "global_step,episode,return,length\n0,0,1,1\n10,0\n", "missing"),
+    "cut": (["runs"], "global_step,episode,return,length\n0,0,1,1\n10,0,5.9", "cut"),
     "ragged": (["runs"], "global_step,episode,return,length\n0,0,1,1\n1,2,3,4,5\n", "line 3"),
     "nan": (["runs"], "global_step,episode,return,length\n0,0,nan,1\n", "not finite"),
     "split": (["runs"], "iteration,env_steps,split,phase,return\n0,0,dev,pre,1\n", "split"),
