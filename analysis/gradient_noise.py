@@ -119,7 +119,7 @@ def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("return of the updated policy")
     axes[0].legend(frameon=False)
-    figure.suptitle(f"Independent updates of the same policy, {env_id}")
+    figure.suptitle(f"Independent updates of the same policy, {env_id}, seeds from left to right")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
