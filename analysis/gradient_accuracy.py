@@ -18,10 +18,11 @@ Holding the action makes the return depend on it more strongly, but what is fitt
 Q(s, a), after whose first step the policy takes over. `--hold 1` fits that.
 
 Writes gradient_accuracy.csv, a row a state, after each checkpoint, and from the whole of it a
-picture for each environment; prints the shares of states above two thresholds. The same command
-again measures only what the table lacks: delete the table to measure runs that were trained
-afresh. Norms are in return per unit of action; the cosine similarity is empty where a gradient is
-exactly 0, and counts as below every τ.
+picture for each environment; prints the shares of states above two thresholds, and the mean with
+its standard error between checkpoints, since the states of one are alike. The same command again
+measures only what the table lacks: delete the table to measure runs that were trained afresh.
+Norms are in return per unit of action; the cosine similarity is empty where a gradient is exactly
+0, and counts as below every τ.
 """
 
 import argparse
@@ -361,7 +362,9 @@ def main(args: argparse.Namespace) -> None:
     table = pd.DataFrame(rows, columns=COLUMNS)
     cs = table.groupby(["env_id", "critic"]).cosine_similarity
     shares = {f"above {tau}": cs.agg(lambda cs, tau=tau: (cs > tau).mean()) for tau in (0.25, 0.75)}
-    print(pd.DataFrame({"states": cs.size(), **shares, "mean": cs.mean()}).round(3).to_string())
+    of_checkpoint = table.groupby([*RUN, "step"]).cosine_similarity.mean()
+    means = {"mean": cs.mean(), "error": of_checkpoint.groupby(["env_id", "critic"]).sem()}
+    print(pd.DataFrame({"states": cs.size(), **shares, **means}).round(3).to_string())
     for env_id, of_env in table.groupby("env_id"):
         plot(env_id, of_env, args.out / f"gradient_accuracy_{env_id.replace('/', '-')}.png")
     print(f"{table_file} has {len(rows)} states, those of {len(todo)} checkpoints are new")

@@ -399,9 +399,10 @@ def test_one_row_a_state_and_a_picture(run_main, run_dir):
     assert list(zip(table.step, table.state)) == rows
     assert set(zip(table.env_id, table.critic, table.seed)) == {("Hopper-v4", "sa-hyper", 1)}
     cs = table.cosine_similarity
-    numbers = [float(n) for n in finished.out.split("sa-hyper ")[-1].split()[:4]]
+    error = np.std(cs.to_numpy().reshape(3, 2).mean(1), ddof=1) / np.sqrt(3)
+    numbers = [float(n) for n in finished.out.split("sa-hyper ")[-1].split()[:5]]
     assert numbers == pytest.approx(
-        [6, (cs > 0.25).mean(), (cs > 0.75).mean(), cs.mean()], abs=1e-3
+        [6, (cs > 0.25).mean(), (cs > 0.75).mean(), cs.mean(), error], abs=1e-3
     )
     assert table.cosine_similarity.between(-1, 1).all() and table.cosine_similarity.nunique() == 6
     assert (table.norm_true > 0).all() and (table.norm_critic > 0).all()
