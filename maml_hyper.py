@@ -87,9 +87,9 @@ class Args:
     """widths of the primary network of hyper (released)"""
     dynamic_width: int = 256
     """hidden units of the dynamic network of hyper (paper, Sec. 2)"""
-    hyper_init: Literal["paper", "small-output", "released"] = "released"
+    hyper_init: Literal["released", "paper", "bias"] = "released"
     """start of the dynamic weights of hyper (paper, Sec. 5.2): released, the small constants of the
-    authors' code; paper, like Kaiming-uniform; small-output, as paper with a small output layer"""
+    authors' code; paper, like Kaiming-uniform; bias, one ordinary network for every input"""
     num_train_goals: int = 100
     """tasks to train on, drawn once from the seed (released)"""
     num_test_goals: int = 20

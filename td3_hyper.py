@@ -84,9 +84,9 @@ class Args:
     """widths of the primary network, for sa-hyper, as-hyper and resnet-features (released)"""
     dynamic_width: int = 256
     """hidden units of the dynamic network (paper, Sec. 2)"""
-    hyper_init: Literal["paper", "small-output", "released"] = "released"
+    hyper_init: Literal["released", "paper", "bias"] = "released"
     """start of the dynamic weights: released, the small constants of the authors' code; paper, like
-    Kaiming-uniform; small-output, as paper with a small output layer (measured: results/)"""
+    Kaiming-uniform; bias, one ordinary network for every input (measured: results/)"""
     learning_starts: int = 1_000
     """environment steps with uniformly random actions before learning (released)"""
     batch_size: int = 100

@@ -42,7 +42,7 @@ def small_hypernetwork(**options) -> HyperNetwork:
     return HyperNetwork(4, 3, 2, **options).double()
 
 
-@pytest.mark.parametrize("init", ["paper", "small-output", "released"])
+@pytest.mark.parametrize("init", ["paper", "bias", "released"])
 def test_hypernetwork_equals_equation_1_in_numpy(init):
     torch.manual_seed(0)
     net = small_hypernetwork(init=init)
@@ -95,12 +95,19 @@ def test_paper_init_generates_weights_like_kaiming_uniform(meta_dim, primary_wid
         assert b.square().mean().sqrt() < 0.2 * kaiming and g.square().mean().sqrt() < 0.2 * kaiming
 
 
-def test_small_output_init_shrinks_the_output_layer_alone():
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_bias_init_starts_every_input_with_the_same_ordinary_network(scale):
     torch.manual_seed(0)
-    net = HyperNetwork(11, 3, 1, init="small-output")
-    (W1, _, _), (W2, _, _) = net.generate(torch.randn(500, 11))
-    assert W1.std().item() == pytest.approx((2 / 3) ** 0.5, rel=0.2)
-    assert W2.std().item() == pytest.approx((2 / 256) ** 0.5 / 10, rel=0.2)
+    net = HyperNetwork(11, 3, 1, init="bias")
+    weights = net.generate(scale * torch.randn(50, 11))
+    for (W, b, g), fan_in in zip(weights, (3, 256)):
+        assert torch.equal(W, W[:1].expand_as(W))
+        linear = torch.nn.Linear(fan_in, 10_000).weight
+        assert W[0].std().item() == pytest.approx(linear.std().item(), rel=0.1)
+        assert W.abs().max() <= fan_in**-0.5
+        assert not b.any() and not g.any()
+    net(torch.randn(50, 11), torch.randn(50, 3)).sum().backward()
+    assert net.hidden.W.weight.grad.abs().sum() > 0  # and it can learn to deviate
 
 
 def test_released_init_has_the_published_constants():

@@ -838,7 +838,7 @@ POINT += ["--num-iterations", 8, "--num-train-steps", 100, "--meta-batch-size", 
 POINT += ["--batch-size", 32, "--context-batch-size", 40, "--gamma", 0.9, "--tau", 0.02]
 POINT += ["--critic-lr", 1e-3, "--policy-lr", 1e-3, "--encoder-lr", 3e-3, "--kl-weight", 0.01]
 POINT += ["--reward-scale", 10, "--primary-widths", 32, 64, "--dynamic-width", 64]
-POINT += ["--hyper-init", "small-output"]
+POINT += ["--hyper-init", "paper"]
 
 
 def gain_of_adaptation(run_main, monkeypatch, script: Path, model: str) -> float:
