@@ -12,7 +12,8 @@ In the help, (paper) marks a value from the paper and (released) one from the au
 
 import copy
 import functools
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
@@ -127,16 +128,18 @@ class Actor(nn.Module):
         return torch.tanh(self.output(h))
 
 
+Batch = tuple[Tensor, ...]  # obs, action, reward, next_obs, terminated
+
+
 class Agent(nn.Module):
     """Actor and twin critics, each with its target network."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
+        dims = (obs_dim, action_dim)
         hyper = (args.primary_widths, args.dynamic_width, args.hyper_init)
-        self.actor = Actor(obs_dim, action_dim)
-        self.critics = nn.ModuleList(
-            make_critic(args.critic, obs_dim, action_dim, *hyper) for _ in range(2)
-        )
+        self.actor = Actor(*dims)
+        self.critics = nn.ModuleList(make_critic(args.critic, *dims, *hyper) for _ in range(2))
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.online = [*self.actor.parameters(), *self.critics.parameters()]  # θ
@@ -149,7 +152,7 @@ def q_value(critic: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tenso
         return critic(obs, action).float()
 
 
-def critic_loss(agent: Agent, batch: tuple[Tensor, ...], noise: Tensor, args: Args) -> Tensor:
+def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> Tensor:
     """Σ_i mean (Q_i(s, a) - y)² with y = r + γ (1 - terminated) min_i Q'_i(s', π'(s') + ε).
 
     `noise` (B, action) is standard normal; ε = clip(target_noise * noise, ±noise_clip).
@@ -163,7 +166,7 @@ def critic_loss(agent: Agent, batch: tuple[Tensor, ...], noise: Tensor, args: Ar
     return sum(F.mse_loss(q_value(q, obs, action, args), target) for q in agent.critics)
 
 
-def actor_loss(agent: Agent, batch: tuple[Tensor, ...], args: Args) -> Tensor:
+def actor_loss(agent: Agent, batch: Batch, args: Args) -> Tensor:
     """-mean Q_1(s, π(s)), Eq. 5.
 
     The critic is frozen before its forward pass: with sa-hyper nothing of the primary network is
@@ -185,12 +188,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def update(
-    agent: Agent,
-    optimizers: dict[str, torch.optim.Optimizer],
-    batch: tuple[Tensor, ...],
-    noise: Tensor,
-    args: Args,
-    delayed: bool,
+    agent: Agent, optimizers: dict, batch: Batch, noise: Tensor, args: Args, delayed: bool
 ) -> dict[str, Tensor]:
     """Updates the critics and, if `delayed`, the actor and the targets. Returns the losses."""
     losses = {"critic_loss": descend(critic_loss(agent, batch, noise, args), optimizers["critic"])}
@@ -218,7 +216,7 @@ class ReplayBuffer:
         self.data[self.added % len(self.data)] = torch.from_numpy(row)
         self.added += 1
 
-    def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
         """obs (B, obs), action (B, action), reward (B,), next_obs (B, obs), terminated (B,)"""
         index = torch.from_numpy(rng.integers(len(self), size=batch_size))
         rows = self.data[index.to(self.data.device)]
@@ -350,18 +348,14 @@ def warn(message: str) -> None:
 
 
 def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None:
-    """Raises ValueError, which tyro reports, for a number out of range or a missing device.
-
-    Integers are at least 1, those named in `may_be_0` at least 0, as other numbers are; those named
-    in `shares` are at most 1.
-    """
+    """Raises ValueError, which tyro reports, for a number out of range or a missing device."""
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
         if value == ():
             raise ValueError(f"{flag} needs at least one number")
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float):
-                least = 0 if isinstance(number, float | bool) or name in may_be_0 else 1
+            if type(number) in (int, float):
+                least = 1 if type(number) is int and name not in may_be_0 else 0
                 most = 1 if name in shares else 2**62
                 if not least <= number <= most:
                     raise ValueError(f"{flag} {number}: must be between {least} and {most}")
@@ -393,8 +387,8 @@ def write(file: Path, content: str | dict) -> None:
 class Run:
     """The directory RUNS_DIR/EXP_NAME/ENV_ID/MODEL/seedSEED and what it holds.
 
-    A step is an environment step (TD3, SAC) or an iteration (MAML, PEARL). Scalars of step N are
-    logged after checkpoint N, so that a run resumed from it logs them again and none stands twice.
+    Its steps are environment steps (TD3, SAC) or iterations (MAML, PEARL). The scalars of step N
+    are logged after checkpoint N, so that a run resumed from it logs them again, and none twice.
     """
 
     # Arguments that a resumed run may have changed, since they cannot change the numbers
