@@ -107,9 +107,10 @@ def test_an_environment_that_never_ends_is_warned_of_and_the_hint_helps(run_main
     (file,) = Path("runs").rglob("checkpoint.pt")
     assert torch.load(file, weights_only=True)["step"] == 20
     assert file.with_name("summary.json").exists()
-    # Without the hint the first evaluation would go on for ever, but for this
-    env += ["--env-kwargs", "bad_observation_at", "7"]
-    finished = run_main(ROOT / script, *env, *TOY, "--runs-dir", "endless", "--eval-every", "30")
+    # An environment may also end by itself, so it is only a warning, given once
+    env += ["--env-kwargs", "terminate_after", "5", "--runs-dir", "ends_by_itself"]
+    finished = run_main(ROOT / script, *env, *TOY)
+    assert finished.code == 0
     hint = "no time limit; if an episode may never end, add --env-kwargs max_episode_steps 1000"
     assert finished.err.count(hint) == 1
 
