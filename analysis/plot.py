@@ -11,21 +11,20 @@ Reads the eval.csv of the runs, in {exp_name}/{env_id}/{model}/seed{seed}/, and 
 
 What the numbers are:
 - evaluation: a run's mean return over the episodes (meta-RL: over the goals) of one step;
-- learning curve: mean over seeds, with the t-distribution's 95% interval; of two seeds the picture
-  shows a band from the one to the other;
+- learning curve: mean over seeds, with the t-distribution's 95% interval (in the picture of one or
+  two seeds: all of them);
 - final score: mean of a run's evaluations in the last 10% of the steps (meta-RL: of iterations);
-- baseline: mlp (MLP-Standard), for MAML vanilla after adaptation;
-- normalised score: (score - first) / (final - first), where first and final are the baseline's mean
-  first evaluation and final score: 0 is untrained, 1 is the trained baseline. (The returns of some
-  environments are negative, so a plain ratio to the baseline would mean nothing.)
+- normalised score: (score - first) / (final - first), where first and final are the mean first
+  evaluation and final score of the baseline, mlp (for MAML: vanilla after adaptation). (Some
+  returns are negative, so a plain ratio to the baseline would mean nothing.)
 - gain: 100 (mean normalised final score - 1) percent;
-- reached at: the step where the mean curve first reaches the baseline's final score (over
-  environments: a mean normalised score of 1), in percent of the baseline's steps;
+- reached at: the step where the mean curve (over environments: the mean normalised one) first
+  reaches the baseline's final score, in percent of the baseline's steps;
 - mean: over environments, of the mean over runs; IQM: mean of the middle half of all runs. Their
   95% intervals are a bootstrap stratified by environment, as in rliable (Agarwal et al., 2021).
 
 Runs of an environment are compared on the evaluations that all of them have, so the shortest one
-sets the length. Runs that are unfinished, missing or cut are named on stderr.
+sets the length; this is said on stderr, and so are unfinished runs.
 """
 
 import itertools
@@ -47,7 +46,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import EngFormatter  # noqa: E402
 
-BASELINES = ("mlp", "vanilla")
 ENV, CURVE = ["exp_name", "env_id"], ["exp_name", "env_id", "model", "split", "phase"]
 # Okabe and Ito's colours, grey in place of yellow; the order is that of legends and tables.
 COLOURS = {"mlp": "#000000", "vanilla": "#000000", "sa-hyper": "#d55e00", "as-hyper": "#0072b2"}
@@ -66,15 +64,19 @@ class Args:
     out: Path = Path("plots")
     """folder of the pictures and tables"""
 
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("give run directories, or folders of them")
+
+
+def note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
 
 def stop(message: str) -> NoReturn:
     """Ends with one line on stderr and exit code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
-
-
-def note(message: str) -> None:
-    print(f"note: {message}", file=sys.stderr)
 
 
 def read_run(file: Path) -> pd.DataFrame:
@@ -118,12 +120,8 @@ def read(folders: tuple[Path, ...]) -> pd.DataFrame:
         seed = int(seed.removeprefix("seed"))
         tables.append(table.assign(exp_name=exp_name, env_id=env_id, model=model, seed=seed))
         if not (file.parent / "summary.json").exists():
-            note(f"unfinished: {'/'.join(run)}, evaluated up to step {table.step.max():,.0f}")
+            note(f"unfinished: {'/'.join(run)}, evaluated up to {table.time.max()}")
     runs = pd.concat(tables, ignore_index=True)
-    for exp_name, group in runs.groupby("exp_name"):
-        for (env_id, model), there in group.groupby(["env_id", "model"]).seed:
-            if missing := sorted(set(group.seed) - set(there)):
-                note(f"missing: {exp_name}/{env_id}/{model}, seeds {', '.join(map(str, missing))}")
     for column, order in ORDERS.items():
         order = [*order, *sorted(set(runs[column]) - set(order))]
         runs[column] = pd.Categorical(runs[column], order, ordered=True)
@@ -163,19 +161,15 @@ def normalise(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (exp_name, env_id), group in runs.groupby(ENV):
         models = set(runs[runs.exp_name == exp_name].model)
-        baseline = next((name for name in BASELINES if name in models), None)
+        baseline = next((name for name in ("mlp", "vanilla") if name in models), "baseline")
         curve = group[(group.model == baseline) & (group.split != "train") & (group.phase != "pre")]
-        first = final = steps = np.nan
-        if curve.empty:
-            note(f"{exp_name}/{env_id}: no {baseline or 'baseline'}, no normalised scores")
-        else:
-            means = curve.groupby("time")[["step", "return"]].mean()
-            first, steps = means["return"].iloc[0], means.step.iloc[-1]
-            final = means["return"][in_last_tenth(means.index, means.index[-1])].mean()
-        if final <= first:
-            note(f"{exp_name}/{env_id}: {baseline} has not learned, no normalised scores")
+        means = curve.groupby("time")[["step", "return"]].mean()
+        first, steps = means["return"].head(1).mean(), means.step.max()
+        final = means["return"][in_last_tenth(means.index, means.index.max())].mean()
+        if not final > first:
+            note(f"{exp_name}/{env_id}: no {baseline} that learned, no normalised scores")
             first = np.nan
-        rows.append((exp_name, env_id, baseline or "", first, final, steps))
+        rows.append((exp_name, env_id, baseline, first, final, steps))
     scale = pd.DataFrame(rows, columns=[*ENV, "baseline", "first", "final", "steps"])
     runs = runs.merge(scale, how="left", on=ENV)
     score = (runs["return"] - runs["first"]) / (runs.final - runs["first"])
@@ -256,19 +250,14 @@ def summarise(runs: pd.DataFrame, finals: pd.DataFrame) -> tuple[pd.DataFrame, p
 
 def styles_of(labels: list[str]) -> dict[str, dict]:
     """A model's own colour; the others have the colours that are left, then dashes."""
-    own = {label: dict(color=COLOURS[label]) for label in labels if label in COLOURS}
-    left = dict.fromkeys(c for c in COLOURS.values() if dict(color=c) not in own.values())
+    left = [c for c in dict.fromkeys(COLOURS.values()) if c not in map(COLOURS.get, labels)]
     others = itertools.cycle(itertools.product(("-", "--", "-."), left or ["grey"]))
-    return {
-        label: own.get(label) or dict(zip(("linestyle", "color"), next(others))) for label in labels
-    }
+    styles = [("-", COLOURS[label]) if label in COLOURS else next(others) for label in labels]
+    return {label: dict(linestyle=s, color=c) for label, (s, c) in zip(labels, styles)}
 
 
 def draw(table: pd.DataFrame, x: str, xlabel: str, ylabel: str, title: str, file: Path) -> None:
-    """A panel for each `panel` of the table, in it a line for each label; dotted before adaptation.
-
-    The band goes from mean_low to mean_high.
-    """
+    """A panel for each `panel`, in it a line for each label, dotted before adaptation."""
     groups = list(table.groupby("panel", sort=False))
     rows, columns = -(-len(groups) // 2), min(2, len(groups))
     size = (1 + 3.8 * columns, 1.2 + 2.7 * rows)
@@ -284,13 +273,12 @@ def draw(table: pd.DataFrame, x: str, xlabel: str, ylabel: str, title: str, file
         near = table[table.env_id == curves.env_id.iloc[0]]
         low, high = near["min"].min(), near["max"].max()
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-9)
-        axis.set_title(panel, fontsize=10)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.set(title=panel, xlabel=xlabel, ylabel=ylabel)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(groups) :]:
         axis.remove()
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     lines = [plt.Line2D([], [], **style) for style in styles.values()]
     ncols = 4 if max(map(len, styles)) < 16 else columns
     figure.legend(lines, styles, loc="outside lower center", ncols=ncols, frameon=False)
@@ -306,21 +294,19 @@ def draw_returns(curves: pd.DataFrame, panels: list[str], file: Path) -> None:
     if curves.exp_name.nunique() > 1:
         labels = curves.exp_name + " " + labels
     curves = curves.assign(mean_low=low, mean_high=high, label=labels)
+    curves = curves.sort_values(panels, kind="stable")
     for name, table in curves.groupby(panels):
-        seeds = "-".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
-        title = f"{' '.join(name).strip()}, {seeds} seed{'s' * (seeds != '1')}"
-        curves.loc[table.index, "panel"] = title
+        seeds = " to ".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
+        curves.loc[table.index, "panel"] = " ".join(name).strip() + f" ({seeds} seeds)"
     band = "band from seed to seed" if few.all() else "95% interval"
     axes = ("step", "environment steps", "return per episode")
-    draw(curves.sort_values(panels, kind="stable"), *axes, f"Mean over seeds, {band}", file)
+    draw(curves, *axes, f"Mean over seeds, {band}", file)
 
 
 def draw_summary(curves: pd.DataFrame, file: Path) -> None:
     """Mean normalised scores; a panel for each experiment."""
-    ends = dict(min=curves["mean"], max=curves["mean"])
-    curves = curves.assign(
-        panel=curves.exp_name, env_id=curves.exp_name, label=curves.model, **ends
-    )
+    same = dict(panel=curves.exp_name, env_id=curves.exp_name, label=curves.model)
+    curves = curves.assign(**same, min=curves["mean"], max=curves["mean"])
     axes = ("steps_percent", "environment steps, % of the baseline's", "mean normalised score")
     draw(curves, *axes, "Mean over environments, 95% interval", file)
 
@@ -353,9 +339,8 @@ def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     save(curves, args.out / "learning_curves.csv")
     save(final_scores(runs, finals), args.out / "final_scores.csv")
-    draw_returns(
-        curves[curves.split != "train"], ["env_id", "phase"], args.out / "learning_curves.png"
-    )
+    test = curves[curves.split != "train"]
+    draw_returns(test, ["env_id", "phase"], args.out / "learning_curves.png")
     pairs = curves[(curves.split != "") & (curves.phase == "post")]
     for env_id, pair in pairs.groupby("env_id"):
         draw_returns(pair, ["env_id", "split"], args.out / f"train_test_{env_id}.png")
