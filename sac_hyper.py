@@ -310,8 +310,8 @@ def evaluate(actor: Actor, env: gym.Env, args: Args) -> list[tuple[float, int]]:
 
 
 def train(args: Args) -> None:
-    run = Run(args, args.critic, args.total_timesteps, "global_step,episode,return,length")
     env, eval_env = make_env(args), make_env(args)
+    run = Run(args, args.critic, args.total_timesteps, "global_step,episode,return,length")
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(args.seed)  # initial weights
     rng = np.random.default_rng(args.seed)  # environment, exploration, batches, noise

@@ -1,7 +1,8 @@
-"""Running the scripts: in this process where that is enough, as a process of its own to kill it."""
+"""What the tests share: running the scripts, comparing runs, walking a loss's graph."""
 
 import gc
 import os
+import random
 import runpy
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 torch.set_num_threads(1)  # pytest -n 2 has a process for each core
 ROOT = Path(__file__).parents[1]
@@ -26,7 +28,7 @@ class Finished:
 
 @pytest.fixture
 def run_main(capfd, monkeypatch, tmp_path):
-    """Run a script's main block in this process, in an empty working directory."""
+    """Runs a script's main block in this process, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "tests")
     interrupt = signal.getsignal(signal.SIGINT)
@@ -47,7 +49,95 @@ def run_main(capfd, monkeypatch, tmp_path):
 
 
 def start(script, *args: object, **options) -> subprocess.Popen:
-    """Start a script as a process of its own."""
+    """Starts a script as a process of its own."""
     command = [sys.executable, str(script), *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=ENVIRONMENT, **(pipes | options))
+
+
+# A small run of TD3 or SAC
+SMALL = ["--env-id", "InvertedPendulum-v4", "--primary-widths", 8, 16, "--dynamic-width", 8]
+SMALL += ["--learning-starts", 100, "--batch-size", 8, "--buffer-size", 700]
+SMALL += ["--eval-every", 200, "--eval-episodes", 2]
+
+
+def small(total_timesteps: int, checkpoint_every: int = 50) -> list:
+    return SMALL + ["--total-timesteps", total_timesteps, "--checkpoint-every", checkpoint_every]
+
+
+def assert_equal(a, b) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def assert_same_run(run_dir: Path, reference: Path, steps: int) -> None:
+    """Both runs have the same eval.csv, summary and networks, bit for bit."""
+    assert (run_dir / "eval.csv").read_bytes() == (reference / "eval.csv").read_bytes()
+    assert (run_dir / "summary.json").read_bytes() == (reference / "summary.json").read_bytes()
+    weights = [torch.load(d / f"step_{steps}.pt", weights_only=True) for d in (run_dir, reference)]
+    assert_equal(*weights)
+
+
+def assert_refused(finished: Finished, *words: str, code: int = 2) -> None:
+    """The script ended with the exit code and with a message that holds the words."""
+    assert finished.code == code, finished
+    message = " ".join(finished.err.replace("│", " ").split())
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message, message
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    """The content of every file but the lock."""
+    every = (file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
+    return {file: file.read_bytes() for file in every}
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "garbage":
+        content = random.Random(0).randbytes(len(content))
+    elif how == "empty":
+        content = b""
+    elif how == "one flipped bit":
+        content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every TensorBoard scalar, as TensorBoard shows them."""
+    events = EventAccumulator(str(run_dir)).Reload()
+    return {
+        name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]
+    }
+
+
+def graph_of(loss: torch.Tensor) -> tuple[set[int], int]:
+    """ids of the parameters that a backward pass reaches, and the number of its nodes."""
+    leaves, seen, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        todo += [parent for parent, _ in node.next_functions]
+    return leaves, len(seen)
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0).item()

@@ -3,16 +3,20 @@
 import gymnasium as gym
 import numpy as np
 
+ACTIONS = gym.spaces.Box(np.float32([0, -3]), np.float32([5, 7]))
+
 
 class Clock(gym.Env):
-    """Counts its steps: observation (episode, step), reward 1 + action; may break on purpose."""
+    """Counts its steps: observation (episode, step), reward 1 + action[0]; may break on purpose."""
 
-    action_space = gym.spaces.Box(np.float32([-2, 0]), np.float32([2, 10]))
+    action_space = ACTIONS
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
 
-    def __init__(self, terminate_after=None, nan_reward_at=None, nan_obs_at=None, render_mode=None):
+    def __init__(
+        self, terminate_after=None, bad_reward_at=None, bad_observation_at=None, render_mode=None
+    ):
         self.terminate_after, self.episode, self.steps = terminate_after, 0, 0
-        self.nan_reward_at, self.nan_obs_at = nan_reward_at, nan_obs_at
+        self.bad_reward_at, self.bad_observation_at = bad_reward_at, bad_observation_at
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -24,11 +28,49 @@ class Clock(gym.Env):
         self.steps, self.step_in_episode = self.steps + 1, self.step_in_episode + 1
         obs = np.float32([self.episode, self.step_in_episode])
         reward = 1.0 + action[0]
-        if self.steps == self.nan_obs_at:
+        if self.steps == self.bad_observation_at:
             obs[0] = np.nan
-        if self.steps == self.nan_reward_at:
+        if self.steps == self.bad_reward_at:
             reward = np.inf
         return obs, reward, self.step_in_episode == self.terminate_after, False, {}
+
+
+class SameArray(Clock):
+    """Hands out one array, which it changes in place."""
+
+    array = np.zeros(2, np.float32)
+
+    def reset(self, seed=None, options=None):
+        self.array[:], info = super().reset()
+        return self.array, info
+
+    def step(self, action):
+        self.array[:], *rest = super().step(action)
+        return self.array, *rest
+
+
+class Typed(Clock):
+    """Has observations, rewards and flags of other types than MuJoCo's."""
+
+    def __init__(self, obs="float32", reward="float", render_mode=None):
+        super().__init__(terminate_after=5)
+        self.obs, self.reward = np.dtype(obs), reward
+        self.observation_space = gym.spaces.Box(-100, 100, (2,), self.obs.type)
+
+    def reset(self, seed=None, options=None):
+        obs, info = super().reset()
+        return obs.astype(self.obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        reward = {
+            "float": float,
+            "float32": np.float32,
+            "int": int,
+            "bool": lambda reward: np.bool_(reward > 3),
+            "array": lambda reward: np.array([reward]),
+        }[self.reward](reward)
+        return obs.astype(self.obs), reward, np.bool_(terminated), 0, info
 
 
 class Spaces(Clock):
@@ -43,7 +85,11 @@ class Spaces(Clock):
 BOX, IMAGE = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 gym.register("Truncating-v0", Clock, max_episode_steps=5)
 gym.register("Terminating-v0", Clock, kwargs={"terminate_after": 5}, max_episode_steps=50)
+gym.register("group/SameArray-v0", SameArray, max_episode_steps=5)
+gym.register("Typed-v0", Typed, max_episode_steps=50)
+gym.register("Endless-v0", Clock)
 gym.register("Dict-v0", Spaces, kwargs={"observation_space": gym.spaces.Dict({"a": BOX})})
 gym.register("Image-v0", Spaces, kwargs={"observation_space": IMAGE})
 unbounded = gym.spaces.Box(-np.inf, np.inf, (2,))
 gym.register("Unbounded-v0", Spaces, kwargs={"action_space": unbounded})
+gym.register("Point-v0", Spaces, kwargs={"action_space": gym.spaces.Box(1, 1, (2,))})
