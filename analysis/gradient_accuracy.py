@@ -96,7 +96,7 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tuple]:
     """(env_id, model, seed) -> (script, its arguments, directory) of each run of the scripts."""
-    runs, names = {}, " or ".join(f"{script.__name__}.py" for script in scripts)
+    runs, experiments, names = {}, set(), " or ".join(f"{script.__name__}.py" for script in scripts)
     for folder in folders:
         if not any(folder.rglob("config.json")):
             stop(f"{folder}: no run of {names} in there, a directory with a config.json")
@@ -110,12 +110,14 @@ def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tu
         if not saved_steps(config.parent):
             stop(f"{config.parent}: no step_N.pt, wait for its end or use --save-every")
         run = (args.env_id, getattr(args, model), args.seed)
+        experiments.add(args.exp_name)
+        if len(experiments) > 1:
+            stop(
+                f"runs of several experiments, {', '.join(sorted(experiments))}: give those of one"
+            )
         if run in runs:
             stop(f"{runs[run][-1]} and {config.parent} are both {' '.join(map(str, run))}")
         runs[run] = (script, args, config.parent)
-    experiments = {args.exp_name for _, args, _ in runs.values()}
-    if len(experiments) > 1:
-        stop(f"runs of several experiments, {', '.join(sorted(experiments))}: give those of one")
     return runs
 
 
@@ -156,15 +158,15 @@ def make_envs(run_args, num_states: int, num_actions: int) -> list[gym.Env]:
     return envs
 
 
-def load_agent(script, run_args, run_dir: Path, step: int, env: gym.Env) -> torch.nn.Module:
-    """The networks of step_N.pt; ends here if they are not those of the run."""
-    dims = (env.observation_space.shape[0], env.action_space.shape[0])
-    agent, file = script.Agent(*dims, run_args), run_dir / f"step_{step}.pt"
+def load(networks: torch.nn.Module, run_dir: Path, step: int) -> dict:
+    """Loads step_N.pt, and returns it; ends here if it is not of the run."""
+    file = run_dir / f"step_{step}.pt"
     try:
-        agent.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+        weights = torch.load(file, weights_only=True, map_location="cpu")
+        networks.load_state_dict(weights)
     except Exception as error:  # many kinds, depending on where the damage is
         stop(f"{file} does not hold the networks of {run_dir / 'config.json'}: {error}")
-    return agent
+    return weights
 
 
 def sample_states(envs: list, policy, rng: np.random.Generator, limit: int) -> np.ndarray:
@@ -352,7 +354,9 @@ def main(args: Args) -> None:
     for *run, step in (bar := tqdm(todo, disable=None)):  # a bar on a terminal
         script, run_args, run_dir = runs[tuple(run)]
         envs = make_envs(run_args, args.num_states, args.num_actions)
-        agent = load_agent(script, run_args, run_dir, step, envs[0])
+        spaces = envs[0].observation_space, envs[0].action_space
+        agent = script.Agent(*(space.shape[0] for space in spaces), run_args)
+        load(agent, run_dir, step)
         new = measure(agent, run_args, envs, args, step)
         names = dict(zip([*RUN, "step"], (*run, step)))
         rows += [names | {"state": i} | row | settings for i, row in enumerate(new)]

