@@ -112,9 +112,7 @@ def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tu
         run = (args.env_id, getattr(args, model), args.seed)
         experiments.add(args.exp_name)
         if len(experiments) > 1:
-            stop(
-                f"runs of several experiments, {', '.join(sorted(experiments))}: give those of one"
-            )
+            stop(f"runs of {' and '.join(sorted(experiments))}: give those of one experiment")
         if run in runs:
             stop(f"{runs[run][-1]} and {config.parent} are both {' '.join(map(str, run))}")
         runs[run] = (script, args, config.parent)

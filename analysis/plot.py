@@ -297,7 +297,8 @@ def draw_returns(curves: pd.DataFrame, panels: list[str], file: Path) -> None:
     curves = curves.sort_values(panels, kind="stable")
     for name, table in curves.groupby(panels):
         seeds = " to ".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
-        curves.loc[table.index, "panel"] = " ".join(name).strip() + f" ({seeds} seeds)"
+        plural = "s" * (seeds != "1")
+        curves.loc[table.index, "panel"] = f"{' '.join(name).strip()} ({seeds} seed{plural})"
     band = "band from seed to seed" if few.all() else "95% interval"
     axes = ("step", "environment steps", "return per episode")
     draw(curves, *axes, f"Mean over seeds, {band}", file)

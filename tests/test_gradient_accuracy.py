@@ -513,7 +513,7 @@ def test_bad_use_ends_with_a_message_and_writes_no_table(run_main):
         ("gone", "Hopper-v2"),
         ("humanoid", "--num-actions", "at least 19", "17"),
         ("copies", "copies/a", "copies/b", "are both"),
-        ("experiments", "other, td3_hyper"),
+        ("experiments", "other and td3_hyper: give"),
         ("damaged", "damaged/step_0.pt does not hold the networks"),
         ("networks", "networks/step_0.pt does not hold the networks"),
         ("good nowhere", "nowhere"),

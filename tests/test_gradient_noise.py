@@ -81,7 +81,7 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_experiments_table(run_m
     assert run_main(SCRIPT, FAMILY, "--out", "out", "--num-updates", 3).code == 0
     other = make_run("vanilla", 0, exp_name="second")
     assert_refused(run_main(SCRIPT, other, "--out", "out"), "another exp_name than second")
-    assert_refused(run_main(SCRIPT, "runs"), "maml_hyper, second: give those of one")
+    assert_refused(run_main(SCRIPT, "runs"), "maml_hyper and second: give")
     assert Path("out/gradient_noise.csv").stat().st_mtime_ns == before
 
 
