@@ -32,13 +32,13 @@ def make_args(model: str, **changes) -> Args:
     return Args(model=model, device="cpu", **(small | changes))
 
 
-def make_policy(args: Args) -> Policy:
+def make_policy(args: Args, noise: float = 0.1) -> Policy:
     """A small policy with every weight away from zero."""
     torch.manual_seed(0)
     policy = Policy(OBS, ACTION, args).double()
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape)
+            parameter += noise * torch.randn(parameter.shape)
     return policy
 
 
@@ -417,12 +417,13 @@ class TargetEnvs:
         return self.rng.standard_normal((self.num_envs, OBS)), reward, no, no, {}
 
 
-def train(model: str, iterations: int = 40) -> dict[str, float]:
+def train(model: str, iterations: int = 20) -> dict[str, float]:
     """Mean reward a step before and after adaptation at the end of the training."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(1)
     inner_lr = 0.3 if model == "vanilla" else 1e-3
-    args = make_args(model, horizon=10, inner_lr=inner_lr, meta_batch_size=2)
+    small = dict(primary_widths=(8,), horizon=10, meta_batch_size=2)
+    args = make_args(model, inner_lr=inner_lr, **small)
     policy, rng = Policy(OBS, 1, args), np.random.default_rng(1)
     envs = TargetEnvs([-1.5, 1.5], episodes_per_goal=20)
     for _ in range(iterations):
@@ -457,13 +458,13 @@ def test_a_meta_gradient_of_the_wrong_sign_does_not_learn(monkeypatch):
 @pytest.mark.parametrize("model", MODELS)
 def test_bfloat16_policies_have_the_surrogate_and_the_meta_gradient_of_float32(model):
     """The surrogate and the KL of a moved policy within 5 % of float32's, the meta-gradients and a
-    Fisher product with a cosine of at least 0.98; outputs, steps and gradients are float32."""
+    Fisher product with a cosine of at least 0.999; outputs, steps and gradients are float32."""
     torch.set_default_dtype(torch.float32)
     args = make_args(model, primary_widths=(32, 64), dynamic_width=32, num_adapt_steps=2)
     batches = [Batch(*(x.float() for x in batch)) for batch in make_batches(3)]
     results = {}
     for args.precision in ("float32", "bfloat16"):
-        policy = make_policy(args).float()
+        policy = make_policy(args, noise=0.02).float()
         theta = parameters_to_vector(policy.parameters()).detach()
         task = Episodes(batches[:2], [], batches[2])
         gradient, old = maml_hyper.meta_gradient(policy, theta, task, args)
@@ -480,6 +481,6 @@ def test_bfloat16_policies_have_the_surrogate_and_the_meta_gradient_of_float32(m
         assert maml_hyper.update(policy, task, args)["step_size"] > 0
     (*vectors, gain, kl), (*vectors_16, gain_16, kl_16) = results.values()
     for a, b in zip(vectors, vectors_16):
-        assert cosine(a, b) > 0.98 and not torch.equal(a, b)
+        assert cosine(a, b) > 0.999 and not torch.equal(a, b)
     assert gain_16.item() == pytest.approx(gain.item(), rel=0.05)
     assert kl_16.item() == pytest.approx(kl.item(), rel=0.05)
