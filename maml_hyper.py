@@ -103,7 +103,7 @@ class Args:
     precision: Literal["float32", "bfloat16"] = "float32"
     """arithmetic inside the policy; weights and losses are always float32"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where the networks live"""
+    """where the networks live, and the episodes that they learn from"""
     runs_dir: str = "runs"
     """the run goes to RUNS_DIR/EXP_NAME/ENV_ID/MODEL/seedSEED"""
     exp_name: str = "maml_hyper"
@@ -473,7 +473,7 @@ def sample(
             action = (mean + log_std.exp() * torch.from_numpy(noise).to(args.device)).cpu().numpy()
             if not np.isfinite(action).all():
                 goal = envs.goals[np.isfinite(action).all((1, 2)).argmin()]
-                inner = f"{len(steps)} inner steps, --inner-lr {args.inner_lr}"
+                inner = f"{len(steps)} inner steps, --inner-lr {args.inner_lr:g}"
                 stop(f"the policy of goal {goal:g} is not finite after {inner}", code=1)
             clipped = action.reshape(T * E, -1).clip(low, high)
             obs, reward, terminated, truncated, _ = envs.step(clipped)
