@@ -296,7 +296,7 @@ class Batch(NamedTuple):
 
 
 def infer(agent: Agent, context: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """z ~ q(z|c), reparameterised with `noise` (T, z), and the KL; the goals and 0 with the oracle."""
+    """z ~ q(z|c) of `noise` (T, z), reparameterised, and the KL; goals and 0 with the oracle."""
     if agent.encoder is None:
         return context, context.new_zeros(())
     mean, variance = agent.encoder(context)
