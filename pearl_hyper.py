@@ -145,7 +145,7 @@ VELOCITY_DEFAULTS = (100, 30, 400, 600, 2000, 16, 100, 1)  # of the three other 
 # fmt: on
 
 
-class MLP(nn.Sequential):
+class MLP(nn.Module):
     """Linear layers with relu between them on the concatenation of the inputs.
 
     Hidden weights start uniform in ±1 / sqrt(fan_out), hidden biases at 0.1, the last layer uniform
@@ -153,6 +153,7 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, *widths: int, output: float = 3e-3):
+        super().__init__()
         layers = []
         for fan_in, fan_out in zip(widths, widths[1:]):
             linear = nn.Linear(fan_in, fan_out)
@@ -161,10 +162,10 @@ class MLP(nn.Sequential):
             layers += [linear, nn.ReLU()]
         nn.init.uniform_(linear.weight, -output, output)
         nn.init.uniform_(linear.bias, -output, output)
-        super().__init__(*layers[:-1])
+        self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return super().forward(torch.cat(inputs, -1))
+        return self.layers(torch.cat(inputs, -1))
 
 
 def autocast(x: Tensor, args: Args) -> torch.autocast:
