@@ -1,7 +1,7 @@
 """Speed of the four scripts on the CPU, one Markdown table a command.
 
     python analysis/speed.py td3           # milliseconds of an update; also sac, pearl
-    python analysis/speed.py maml          # seconds of an iteration, by phase
+    python analysis/speed.py maml          # seconds of an iteration, by phase; evaluation included
     python analysis/speed.py sampling      # environment steps a second of MAML's batched tasks
     python analysis/speed.py collection    # environment steps a second of PEARL
     python analysis/speed.py cores         # two runs that share two cores (Linux)
@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do
 
@@ -44,6 +45,7 @@ import td3_hyper
 from hypernet import CRITICS, keep_freed_memory, tune
 from meta_envs import HORIZON, MetaVectorEnv, sample_goals
 
+FWD_BACK, VEL = "HalfCheetahFwdBack-v0", "HalfCheetahVel-v0"
 HOPPER, CHEETAH = (11, 3), (20, 6)  # sizes of observation and action
 THREADS = torch.get_num_threads()
 NUM_GOALS = {"maml": (40,), "sampling": (5, 40, 100), "pearl": (16, 4), "collection": (60,)}
@@ -172,24 +174,25 @@ class Products(TorchDispatchMode):
 def two_updates(script, run_args, plain: bool = False) -> tuple[Callable, dict]:
     """A function that makes two (of TD3's, one has the actor's part), and the optimizers."""
     torch.manual_seed(0)
-    pearl = script is pearl_hyper
-    obs_dim, action_dim = CHEETAH if pearl else HOPPER
-    shape = (run_args.meta_batch_size,) * pearl + (run_args.batch_size,)  # (T, N) or (B,)
+    pearl, N = script is pearl_hyper, run_args.batch_size
+    shape, (obs_dim, action_dim) = ((N,), HOPPER)
+    if pearl:
+        shape, (obs_dim, action_dim) = (run_args.meta_batch_size, N), CHEETAH
     obs, next_obs = torch.randn(2, *shape, obs_dim)
     action, noise = torch.rand(*shape, action_dim) * 2 - 1, torch.randn(2, *shape, action_dim)
     batch = (obs, action, torch.randn(shape), next_obs, torch.zeros(shape))
     agent = script.Agent(obs_dim, action_dim, run_args)
     if pearl:
         optimizers = pearl_hyper.make_optimizers(agent, run_args)
-        T, M = run_args.meta_batch_size, run_args.context_batch_size
-        batch = pearl_hyper.Batch(*batch, torch.randn(T, M, obs_dim + action_dim + 1))
-        inputs = [(torch.randn(T, run_args.latent_dim), noise[i], run_args) for i in (0, 1)]
+        context = torch.randn(shape[0], run_args.context_batch_size, obs_dim + action_dim + 1)
+        batch = pearl_hyper.Batch(*batch, context)
+        inputs = [(torch.randn(shape[0], run_args.latent_dim), noise[0], run_args)] * 2
     else:
         parts = {"critic": agent.critics.parameters(), "actor": agent.actor.parameters()}
-        parts |= {"alpha": [agent.log_alpha]} if script is sac_hyper else {}
+        inputs = [(noise[0], run_args, delayed) for delayed in (False, True)]
+        if script is sac_hyper:
+            parts["alpha"], inputs = [agent.log_alpha], [(noise, run_args)] * 2
         optimizers = {name: torch.optim.Adam(p, 1e-4, fused=True) for name, p in parts.items()}
-        inputs = [(noise[0], run_args, False), (noise[1], run_args, True)]
-        inputs = [(noise, run_args)] * 2 if script is sac_hyper else inputs
     for adam in optimizers.values():
         adam.param_groups[0]["fused"] = not plain
     update = PLAIN[script] if plain else script.update
@@ -197,27 +200,26 @@ def two_updates(script, run_args, plain: bool = False) -> tuple[Callable, dict]:
 
 
 def print_updates(script, args: Args) -> None:
-    sizes, rows = {"device": "cpu", "primary_widths": args.primary_widths}, []
+    sizes, columns = {"primary_widths": args.primary_widths}, ["plain", "ours", "bfloat16"]
+    title = f"Milliseconds of an update of {script.__name__}.py"
     if script is pearl_hyper:
-        sizes["env_id"] = "HalfCheetahVel-v0"
         rows = [
             {"model": m, "meta_batch_size": T} for m in ("mlp", "hyper") for T in args.num_goals
         ]
+        sizes["env_id"], title = VEL, f"{title}, {VEL}, 256 transitions a task"
     else:
         rows = [{"critic": c, "batch_size": B} for c in args.critics for B in args.batch_sizes]
-    columns = ["plain", "ours", "bfloat16", *(["floor"] if script is not pearl_hyper else [])]
-    title = f"Milliseconds of an update of {script.__name__}.py, sizes of "
-    title += "the cheetah, 256 transitions a task" if script is pearl_hyper else "Hopper"
+        columns, title = [*columns, "floor"], f"{title}, sizes of Hopper"
     print_head(title, *rows[0], *columns, "plain / ours")
     for row in rows:
-        run_args = script.Args(**sizes, **row)
+        run_args = script.Args(device="cpu", **sizes, **row)
         functions = {"plain": two_updates(script, run_args, plain=True)[0]}
         functions["ours"], optimizers = two_updates(script, run_args)
         functions["bfloat16"], _ = two_updates(script, replace(run_args, precision="bfloat16"))
-        if script is not pearl_hyper:
+        if "floor" in columns:
             with Products() as products:
                 functions["ours"]()
-            calls = products.calls + [optimizers["critic"].step] * 2
+            calls = [*products.calls, *[optimizers["critic"].step] * 2]
             functions["floor"] = torch.no_grad()(lambda calls=calls: [call() for call in calls])
         ms = [500 * s for s in median_seconds(args.rounds, **functions).values()]
         print_row(*row.values(), *ms, f"{ms[0] / ms[1]:.2f}")
@@ -231,14 +233,7 @@ MAML_ROWS = {
     "hyper, first order": {"first_order": True},
     "hyper, no adaptation": {"num_adapt_steps": 0},
 }
-PHASES = {  # functions of maml_hyper.py: names in the table
-    "sample": "sampling",
-    "inner_step": "inner step",
-    "meta_gradient": "gradient",
-    "fisher_product": "Fisher products",
-    "line_search": "line search",
-    "evaluate": "evaluation",
-}
+PHASES = "sample inner_step meta_gradient fisher_product line_search evaluate".split()
 
 
 def print_iterations(args: Args) -> None:
@@ -252,29 +247,34 @@ def print_iterations(args: Args) -> None:
         seconds[phase] += time.perf_counter() - starts.pop()
         return result
 
-    for phase in PHASES:
-        setattr(maml_hyper, phase, partial(timed, phase, getattr(maml_hyper, phase)))
+    def iteration(policy, envs, test_envs, rng, run_args) -> list[float]:
+        seconds.clear()
+        start = time.perf_counter()
+        rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, envs, rng, run_args)
+        maml_hyper.evaluate(policy, test_envs, run_args)
+        post = maml_hyper.make_batch(rollouts[-1], run_args)
+        maml_hyper.update(policy, maml_hyper.Episodes(pre, steps, post), run_args)
+        return [*(seconds[phase] for phase in PHASES), time.perf_counter() - start]
+
     keep_freed_memory()
-    title = "Seconds of an iteration of maml_hyper.py, HalfCheetahFwdBack-v0, 20 episodes a task"
-    print_head(title, "model", "tasks", *PHASES.values(), "whole")
+    title = f"Seconds of an iteration of maml_hyper.py, {FWD_BACK}, in its functions"
+    print_head(title, "model", "goals", *PHASES, "whole")
+    functions = {phase: partial(timed, phase, getattr(maml_hyper, phase)) for phase in PHASES}
     for num_goals in args.num_goals:
         rng = np.random.default_rng(1)
-        goals = sample_goals("HalfCheetahFwdBack-v0", num_goals, rng)
-        envs = MetaVectorEnv("HalfCheetahFwdBack-v0", goals, 20, THREADS)
-        test_envs = MetaVectorEnv("HalfCheetahFwdBack-v0", goals[: -(-num_goals // 2)], 20, THREADS)
+        goals = sample_goals(FWD_BACK, num_goals, rng)
+        sizes = {"num_train_goals": num_goals, "meta_batch_size": num_goals}
         for name, options in MAML_ROWS.items():
-            sizes = {"meta_batch_size": num_goals, "primary_widths": args.primary_widths}
-            run_args = maml_hyper.Args(device="cpu", **sizes, **options)
-            policy, rounds = maml_hyper.Policy(*CHEETAH, run_args), []
-            for _ in range(args.rounds + 1):
-                seconds.clear()
-                start = time.perf_counter()
-                rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, envs, rng, run_args)
-                maml_hyper.evaluate(policy, test_envs, run_args)
-                post = maml_hyper.make_batch(rollouts[-1], run_args)
-                maml_hyper.update(policy, maml_hyper.Episodes(pre, steps, post), run_args)
-                whole = time.perf_counter() - start
-                rounds.append([*(seconds[phase] for phase in PHASES), whole])
+            sizes |= {"primary_widths": args.primary_widths, "device": "cpu"}
+            run_args = maml_hyper.Args(**sizes, **options)
+            simulation = (run_args.episodes_per_goal, THREADS, run_args.horizon)
+            envs, test_envs = (
+                MetaVectorEnv(FWD_BACK, g, *simulation)
+                for g in (goals, goals[: (num_goals + 1) // 2])
+            )
+            inputs = (maml_hyper.Policy(*CHEETAH, run_args), envs, test_envs, rng, run_args)
+            with patch.multiple(maml_hyper, **functions):
+                rounds = [iteration(*inputs) for _ in range(args.rounds + 1)]
             print_row(name, num_goals, *np.median(rounds[1:], 0).tolist())
 
 
@@ -292,7 +292,7 @@ def print_sampling(args: Args) -> None:
     columns = ("MetaVectorEnv", "SyncVectorEnv of 40", "AsyncVectorEnv of 2", "/ Sync", "/ Async")
     title = "Environment steps a second with the actions of MAML's context policy"
     print_head(title, "family", "simulations", *columns)
-    for env_id in ("HalfCheetahVel-v0", "AntVel-v0"):
+    for env_id in (VEL, "AntVel-v0"):
         make = [lambda env_id=env_id: gym.make(env_id, goal=1.0)]
         sync, workers = gym.vector.SyncVectorEnv(make * 40), gym.vector.AsyncVectorEnv(make * 2)
         dims = sync.single_observation_space.shape + sync.single_action_space.shape
@@ -328,35 +328,33 @@ def one_trajectory(policy: pearl_hyper.Policy, env: gym.Env, deterministic: bool
 def collect(agent: pearl_hyper.Agent, envs: MetaVectorEnv, run_args: pearl_hyper.Args) -> None:
     """The data of an iteration, into empty buffers."""
     tasks = pearl_hyper.make_tasks(envs.goals, *CHEETAH, run_args)
-    inputs = (agent, envs, tasks, np.arange(len(envs.goals)))
-    rng = np.random.default_rng(0)
+    inputs, rng = (agent, envs, tasks, np.arange(len(envs.goals))), np.random.default_rng(0)
     pearl_hyper.collect(*inputs, run_args.num_prior_steps, rng, run_args, posterior=False)
     pearl_hyper.collect(*inputs, run_args.num_posterior_steps, rng, run_args, posterior=True)
 
 
 def print_collection(args: Args) -> None:
-    columns = ("side by side", "one trajectory at a time", "times")
-    print_head("Environment steps a second of PEARL, HalfCheetahVel-v0", "model", "what", *columns)
-    env = gym.make("HalfCheetahVel-v0", goal=1.0)
+    columns = ("model", "what", "side by side", "one trajectory at a time", "times")
+    print_head(f"Environment steps a second of pearl_hyper.py, {VEL}", *columns)
+    env, sizes = gym.make(VEL, goal=1.0), {"primary_widths": args.primary_widths}
     for num_goals in args.num_goals:
-        goals = sample_goals("HalfCheetahVel-v0", num_goals, np.random.default_rng(0))
-        envs = MetaVectorEnv("HalfCheetahVel-v0", np.resize(goals, 5), 3, THREADS)
-        eval_envs = MetaVectorEnv("HalfCheetahVel-v0", goals, 1, THREADS)
+        goals = sample_goals(VEL, num_goals, np.random.default_rng(0))
+        envs = MetaVectorEnv(VEL, np.resize(goals, 5), 3, THREADS)
+        eval_envs = MetaVectorEnv(VEL, goals, 1, THREADS)
         for model in ("mlp", "hyper"):
-            sizes = {"env_id": "HalfCheetahVel-v0", "primary_widths": args.primary_widths}
-            run_args = pearl_hyper.Args(model=model, device="cpu", **sizes)
+            run_args = pearl_hyper.Args(env_id=VEL, model=model, device="cpu", **sizes)
             agent = pearl_hyper.Agent(*CHEETAH, run_args)
             for what, steps, function, slots in (
-                ("collection in 5 tasks", 5 * 1_000, collect, envs),
+                ("collection, 5 goals", 5_000, collect, envs),
                 (
-                    f"evaluation on {num_goals}",
-                    3 * HORIZON * num_goals,
+                    f"evaluation, {num_goals} goals",
+                    600 * num_goals,
                     pearl_hyper.evaluate,
                     eval_envs,
                 ),
             ):
                 ours = partial(function, agent, slots, run_args)
-                alone = partial(one_trajectory, agent.policy, env, function is pearl_hyper.evaluate)
+                alone = partial(one_trajectory, agent.policy, env, what.startswith("evaluation"))
                 seconds = median_seconds(args.rounds, ours=ours, alone=alone)
                 rates = steps / seconds["ours"], HORIZON / seconds["alone"]
                 print_row(model, what, *(f"{rate:,.0f}" for rate in rates), rates[0] / rates[1])
@@ -383,21 +381,22 @@ def print_cores(args: Args) -> None:
     code = f"import os; os.sched_setaffinity(0, {cores}); import torch, speed; "
     code += f"speed.one_of_two_runs({args.rounds}, {args.primary_widths})"
     title = "Milliseconds of an update of td3_hyper.py, sa-hyper, batch 100, on two cores"
-    print_head(title, "environment variables", "alone", "two at once")
+    print_head(title, "environment variable", "alone", "two at once", "")
     unset = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
-    for variables in ({}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_NUM_THREADS": "1"}):
-        cells, options = [], {"cwd": Path(__file__).parent, "env": unset | variables, "text": True}
+    for variable in ({}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_NUM_THREADS": "1"}):
+        cells = []
         for number in (1, 2):
+            start = partial(subprocess.Popen, [sys.executable, "-c", code], text=True)
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            command = [sys.executable, "-c", code]
-            runs = [subprocess.Popen(command, **options, **pipes) for _ in range(number)]
+            options = {"cwd": Path(__file__).parent, "env": unset | variable, **pipes}
+            runs = [start(**options) for _ in range(number)]
             for run in runs:
                 run.stdout.readline()
             for run in runs:
                 run.stdin.write("\n")
                 run.stdin.flush()
-            cells.append(" and ".join(f"{float(run.communicate()[0]):.1f}" for run in runs))
-        print_row(*(["none"] if not variables else map("=".join, variables.items())), *cells)
+            cells += [float(run.communicate()[0]) for run in runs]
+        print_row(*(map("=".join, variable.items()) if variable else ["none"]), *cells)
 
 
 if __name__ == "__main__":
