@@ -240,16 +240,17 @@ def make_env(args: Args, **kwargs) -> gym.Env:
         for space in (obs, action):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 raise ValueError(f"observations and actions must be flat Boxes, not {space}")
-        if env.spec.max_episode_steps is None:
-            limit = "--env-kwargs max_episode_steps 1000"
-            warn(f"{args.env_id} has no time limit; if an episode may never end, add {limit}")
         env = gym.wrappers.TransformReward(env, lambda reward: float(np.asarray(reward).item()))
         env = gym.wrappers.RecordEpisodeStatistics(env)
         # A copy, since an environment may return the same array every time and change it in place
         env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), obs)
-        return gym.wrappers.RescaleAction(env, -1.0, 1.0)
+        env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
     except Exception as error:  # whatever the author of the environment raises
         stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {error}")
+    if env.spec.max_episode_steps is None:
+        limit = "--env-kwargs max_episode_steps 1000"
+        warn(f"{args.env_id} has no time limit; if an episode may never end, add {limit}")
+    return env
 
 
 @torch.inference_mode()
@@ -437,8 +438,8 @@ class Run:
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
         versions = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco")}
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        versions["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
+        versions["git"] = subprocess.run("git rev-parse HEAD", **here).stdout.strip()
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
         write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
         print(f"{self.dir}: {self.unit} {step} of {self.total}", flush=True)

@@ -70,10 +70,11 @@ def test_a_bfloat16_run_resumes_bit_for_bit_and_keeps_its_precision(run_main):
     assert run_main(SCRIPT, *small(250), "--precision", "bfloat16").code == 0
     assert_refused(run_main(SCRIPT, *small(400)), "precision was bfloat16 and is float32")
     assert run_main(SCRIPT, *args).code == 0
-    eval_csv = (RUN_DIR / "eval.csv").read_text()
-    assert eval_csv == (Path("whole", *RUN_DIR.parts[1:]) / "eval.csv").read_text()
+    assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 400)
     assert run_main(SCRIPT, *small(400), "--runs-dir", "float32").code == 0
-    assert eval_csv != (Path("float32", *RUN_DIR.parts[1:]) / "eval.csv").read_text()
+    weights = torch.load(RUN_DIR / "step_400.pt", weights_only=True)
+    others = torch.load(Path("float32", *RUN_DIR.parts[1:], "step_400.pt"), weights_only=True)
+    assert not torch.equal(weights["actor.output.weight"], others["actor.output.weight"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -55,7 +55,7 @@ class Typed(Clock):
     def __init__(self, obs="float32", reward="float", render_mode=None):
         super().__init__(terminate_after=5)
         self.obs, self.reward = np.dtype(obs), reward
-        self.observation_space = gym.spaces.Box(-100, 100, (2,), self.obs.type)
+        self.observation_space = gym.spaces.Box(0, 100, (2,), self.obs.type)
 
     def reset(self, seed=None, options=None):
         obs, info = super().reset()
@@ -92,4 +92,3 @@ gym.register("Dict-v0", Spaces, kwargs={"observation_space": gym.spaces.Dict({"a
 gym.register("Image-v0", Spaces, kwargs={"observation_space": IMAGE})
 unbounded = gym.spaces.Box(-np.inf, np.inf, (2,))
 gym.register("Unbounded-v0", Spaces, kwargs={"action_space": unbounded})
-gym.register("Point-v0", Spaces, kwargs={"action_space": gym.spaces.Box(1, 1, (2,))})
