@@ -1,18 +1,16 @@
 """Speed of the four scripts on the CPU, one Markdown table a command.
 
-    python analysis/speed.py td3           # milliseconds of an update; also sac, pearl
-    python analysis/speed.py maml          # seconds of an iteration, by phase; evaluation included
+    python analysis/speed.py td3           # milliseconds of an update; also sac and pearl
+    python analysis/speed.py maml          # seconds of an iteration, by phase
     python analysis/speed.py sampling      # environment steps a second of MAML's batched tasks
     python analysis/speed.py collection    # environment steps a second of PEARL
     python analysis/speed.py cores         # two runs that share two cores (Linux)
 
-What stands in a row of td3, sac, pearl, sampling and collection is measured in turns, as medians.
-
-"Plain" is an update as it is usually written: default Adam, a loop over parameters for the targets,
-the critics frozen after their forward pass (as published), the default arithmetic of matrix
-products and, in PEARL, weights of the policy for each transition instead of each task. The "floor"
-is the matrix products of our update alone, replayed into memory that is there already, and one pass
-of Adam over the critics.
+What is compared in a row takes turns, and medians are printed. "Plain" is an update as it is
+usually written: default Adam, a loop over parameters for the targets, the critics frozen after
+their forward pass (as published), the default arithmetic of matrix products and, in PEARL, weights
+of the policy for each transition in place of each task. The "floor" is the matrix products of our
+update alone, replayed into memory that is there already, and one pass of Adam over the critics.
 """
 
 import os
@@ -21,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -44,36 +42,14 @@ import sac_hyper
 import td3_hyper
 from hypernet import CRITICS, keep_freed_memory, tune
 from meta_envs import HORIZON, MetaVectorEnv, sample_goals
+from td3_hyper import stop
 
 FWD_BACK, VEL = "HalfCheetahFwdBack-v0", "HalfCheetahVel-v0"
 HOPPER, CHEETAH = (11, 3), (20, 6)  # sizes of observation and action
 THREADS = torch.get_num_threads()
-NUM_GOALS = {"maml": (40,), "sampling": (5, 40, 100), "pearl": (16, 4), "collection": (60,)}
-
-
-@dataclass
-class Args:
-    """Print a speed table."""
-
-    table: tyro.conf.Positional[
-        Literal["td3", "sac", "pearl", "maml", "sampling", "collection", "cores"]
-    ]
-    """what to measure"""
-    rounds: int = 5
-    """repetitions after the one that warms up (cores: seconds of a measurement)"""
-    critics: tuple[Literal[CRITICS], ...] = ("sa-hyper", "as-hyper", "mlp-large", "resnet35", "mlp")
-    """rows of td3 and sac"""
-    batch_sizes: tuple[int, ...] = (100, 256)
-    """transitions of an update, rows of td3 and sac"""
-    num_goals: tuple[int, ...] = ()
-    """tasks, rows of maml (default 40), sampling (5, 40, 100), pearl (16, 4), collection (60)"""
-    primary_widths: tuple[int, ...] = (256, 512, 1024)
-    """widths of the primary networks"""
-
-    def __post_init__(self):
-        self.num_goals = self.num_goals or NUM_GOALS.get(self.table, ())
-        if min(self.rounds, *self.batch_sizes, *self.num_goals, *self.primary_widths) < 1:
-            raise ValueError("all numbers must be at least 1")
+FULL_SIZE = (256, 512, 1024)  # widths of the primary networks
+SLOW_AND_MLP = ("sa-hyper", "as-hyper", "mlp-large", "resnet35", "mlp")
+Counts = tuple[int, ...]
 
 
 def print_row(*cells: object) -> None:
@@ -81,14 +57,16 @@ def print_row(*cells: object) -> None:
     print(f"| {' | '.join(texts)} |", flush=True)
 
 
-def print_head(title: str, *columns: str) -> None:
+def print_head(rounds: int, title: str, *columns: str) -> None:
+    if rounds < 1:
+        raise ValueError(f"--rounds {rounds}: must be at least 1")
     print(f"\n{title}; {THREADS} threads, PyTorch {torch.__version__}\n")
     print_row(*columns)
     print_row(*["---"] * len(columns))
 
 
 def median_seconds(rounds: int, **functions: Callable[[], object]) -> dict[str, float]:
-    """Of each function, called in turns; "plain" with the default arithmetic."""
+    """Of functions that take turns, after one round to warm up; "plain" has default arithmetic."""
     tuned, times = torch.backends.mkldnn.matmul.fp32_precision, {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
@@ -174,15 +152,14 @@ class Products(TorchDispatchMode):
 def two_updates(script, run_args, plain: bool = False) -> tuple[Callable, dict]:
     """A function that makes two (of TD3's, one has the actor's part), and the optimizers."""
     torch.manual_seed(0)
-    pearl, N = script is pearl_hyper, run_args.batch_size
-    shape, (obs_dim, action_dim) = ((N,), HOPPER)
-    if pearl:
-        shape, (obs_dim, action_dim) = (run_args.meta_batch_size, N), CHEETAH
+    shape, (obs_dim, action_dim) = (run_args.batch_size,), HOPPER  # (B,)
+    if script is pearl_hyper:
+        shape, (obs_dim, action_dim) = (run_args.meta_batch_size, *shape), CHEETAH  # (T, N)
     obs, next_obs = torch.randn(2, *shape, obs_dim)
     action, noise = torch.rand(*shape, action_dim) * 2 - 1, torch.randn(2, *shape, action_dim)
     batch = (obs, action, torch.randn(shape), next_obs, torch.zeros(shape))
     agent = script.Agent(obs_dim, action_dim, run_args)
-    if pearl:
+    if script is pearl_hyper:
         optimizers = pearl_hyper.make_optimizers(agent, run_args)
         context = torch.randn(shape[0], run_args.context_batch_size, obs_dim + action_dim + 1)
         batch = pearl_hyper.Batch(*batch, context)
@@ -199,30 +176,41 @@ def two_updates(script, run_args, plain: bool = False) -> tuple[Callable, dict]:
     return lambda: [update(agent, optimizers, batch, *rest) for rest in inputs], optimizers
 
 
-def print_updates(script, args: Args) -> None:
-    sizes, columns = {"primary_widths": args.primary_widths}, ["plain", "ours", "bfloat16"]
-    title = f"Milliseconds of an update of {script.__name__}.py"
-    if script is pearl_hyper:
-        rows = [
-            {"model": m, "meta_batch_size": T} for m in ("mlp", "hyper") for T in args.num_goals
-        ]
-        sizes["env_id"], title = VEL, f"{title}, {VEL}, 256 transitions a task"
-    else:
-        rows = [{"critic": c, "batch_size": B} for c in args.critics for B in args.batch_sizes]
-        columns, title = [*columns, "floor"], f"{title}, sizes of Hopper"
-    print_head(title, *rows[0], *columns, "plain / ours")
+def print_updates(script, rows: list[dict], rounds: int, title: str, **sizes) -> None:
+    floor = ["floor"] if script is not pearl_hyper else []
+    title = f"Milliseconds of an update of {script.__name__}.py, {title}"
+    print_head(rounds, title, *rows[0], "plain", "ours", "bfloat16", *floor, "plain / ours")
     for row in rows:
         run_args = script.Args(device="cpu", **sizes, **row)
         functions = {"plain": two_updates(script, run_args, plain=True)[0]}
         functions["ours"], optimizers = two_updates(script, run_args)
         functions["bfloat16"], _ = two_updates(script, replace(run_args, precision="bfloat16"))
-        if "floor" in columns:
+        if floor:
             with Products() as products:
                 functions["ours"]()
             calls = [*products.calls, *[optimizers["critic"].step] * 2]
             functions["floor"] = torch.no_grad()(lambda calls=calls: [call() for call in calls])
-        ms = [500 * s for s in median_seconds(args.rounds, **functions).values()]
+        ms = [500 * s for s in median_seconds(rounds, **functions).values()]
         print_row(*row.values(), *ms, f"{ms[0] / ms[1]:.2f}")
+
+
+def critics(
+    script,
+    critics: tuple[Literal[CRITICS], ...] = SLOW_AND_MLP,
+    batch_sizes: Counts = (100, 256),
+    primary_widths: Counts = FULL_SIZE,
+    rounds: int = 5,
+) -> None:
+    """Milliseconds of an update."""
+    rows = [{"critic": c, "batch_size": B} for c in critics for B in batch_sizes]
+    print_updates(script, rows, rounds, "sizes of Hopper", primary_widths=primary_widths)
+
+
+def pearl(num_goals: Counts = (16, 4), primary_widths: Counts = FULL_SIZE, rounds: int = 5) -> None:
+    """Milliseconds of an update."""
+    rows = [{"model": m, "meta_batch_size": T} for m in ("mlp", "hyper") for T in num_goals]
+    title, sizes = f"{VEL}, 256 transitions a goal", {"primary_widths": primary_widths}
+    print_updates(pearl_hyper, rows, rounds, title, env_id=VEL, **sizes)
 
 
 MAML_ROWS = {
@@ -236,7 +224,8 @@ MAML_ROWS = {
 PHASES = "sample inner_step meta_gradient fisher_product line_search evaluate".split()
 
 
-def print_iterations(args: Args) -> None:
+def maml(num_goals: Counts = (40,), primary_widths: Counts = FULL_SIZE, rounds: int = 5) -> None:
+    """Seconds of an iteration at a number of training goals, evaluated on half as many."""
     seconds, starts = Counter(), []
 
     def timed(phase: str, function: Callable, *inputs):
@@ -258,24 +247,21 @@ def print_iterations(args: Args) -> None:
 
     keep_freed_memory()
     title = f"Seconds of an iteration of maml_hyper.py, {FWD_BACK}, in its functions"
-    print_head(title, "model", "goals", *PHASES, "whole")
+    print_head(rounds, title, "model", "goals", *PHASES, "whole")
     functions = {phase: partial(timed, phase, getattr(maml_hyper, phase)) for phase in PHASES}
-    for num_goals in args.num_goals:
+    for T in num_goals:
         rng = np.random.default_rng(1)
-        goals = sample_goals(FWD_BACK, num_goals, rng)
-        sizes = {"num_train_goals": num_goals, "meta_batch_size": num_goals}
+        goals = sample_goals(FWD_BACK, T, rng)
+        sizes = {"num_train_goals": T, "meta_batch_size": T, "primary_widths": primary_widths}
         for name, options in MAML_ROWS.items():
-            sizes |= {"primary_widths": args.primary_widths, "device": "cpu"}
-            run_args = maml_hyper.Args(**sizes, **options)
+            run_args = maml_hyper.Args(device="cpu", **sizes, **options)
             simulation = (run_args.episodes_per_goal, THREADS, run_args.horizon)
-            envs, test_envs = (
-                MetaVectorEnv(FWD_BACK, g, *simulation)
-                for g in (goals, goals[: (num_goals + 1) // 2])
-            )
+            envs = MetaVectorEnv(FWD_BACK, goals, *simulation)
+            test_envs = MetaVectorEnv(FWD_BACK, goals[: (T + 1) // 2], *simulation)
             inputs = (maml_hyper.Policy(*CHEETAH, run_args), envs, test_envs, rng, run_args)
             with patch.multiple(maml_hyper, **functions):
-                rounds = [iteration(*inputs) for _ in range(args.rounds + 1)]
-            print_row(name, num_goals, *np.median(rounds[1:], 0).tolist())
+                phases = [iteration(*inputs) for _ in range(rounds + 1)]
+            print_row(name, T, *np.median(phases[1:], 0).tolist())
 
 
 @torch.inference_mode()
@@ -288,23 +274,24 @@ def step_all(envs, policy: maml_hyper.Policy, num_tasks: int, num_steps: int) ->
         obs, *_ = envs.step(action.reshape(envs.num_envs, -1).clip(-1, 1))
 
 
-def print_sampling(args: Args) -> None:
+def sampling(num_goals: Counts = (5, 40, 100), rounds: int = 5) -> None:
+    """Environment steps a second of the batched tasks, 20 episodes a goal."""
     columns = ("MetaVectorEnv", "SyncVectorEnv of 40", "AsyncVectorEnv of 2", "/ Sync", "/ Async")
     title = "Environment steps a second with the actions of MAML's context policy"
-    print_head(title, "family", "simulations", *columns)
+    print_head(rounds, title, "family", "simulations", *columns)
     for env_id in (VEL, "AntVel-v0"):
         make = [lambda env_id=env_id: gym.make(env_id, goal=1.0)]
         sync, workers = gym.vector.SyncVectorEnv(make * 40), gym.vector.AsyncVectorEnv(make * 2)
         dims = sync.single_observation_space.shape + sync.single_action_space.shape
         policy = maml_hyper.Policy(*dims, maml_hyper.Args(model="context", device="cpu"))
-        for num_goals in args.num_goals:
-            batched = MetaVectorEnv(env_id, [1.0] * num_goals, 20, THREADS)
-            turns = [(batched, num_goals, max(20, 20_000 // batched.num_envs))]
+        for T in num_goals:
+            batched = MetaVectorEnv(env_id, [1.0] * T, 20, THREADS)
+            turns = [(batched, T, max(20, 20_000 // batched.num_envs))]
             turns += [(sync, 2, 100), (workers, 2, 500)]  # environments, tasks, steps
             functions = {
                 str(i): partial(step_all, e, policy, *n) for i, (e, *n) in enumerate(turns)
             }
-            seconds = median_seconds(args.rounds, **functions).values()
+            seconds = median_seconds(rounds, **functions).values()
             rates = [n * e.num_envs / s for (e, _, n), s in zip(turns, seconds)]
             numbers = (f"{rate:,.0f}" for rate in rates)
             print_row(env_id, batched.num_envs, *numbers, rates[0] / rates[1], rates[0] / rates[2])
@@ -333,29 +320,28 @@ def collect(agent: pearl_hyper.Agent, envs: MetaVectorEnv, run_args: pearl_hyper
     pearl_hyper.collect(*inputs, run_args.num_posterior_steps, rng, run_args, posterior=True)
 
 
-def print_collection(args: Args) -> None:
+def collection(
+    num_goals: Counts = (60,), primary_widths: Counts = FULL_SIZE, rounds: int = 5
+) -> None:
+    """Environment steps a second of PEARL's collection, in 5 tasks, and of its evaluation."""
     columns = ("model", "what", "side by side", "one trajectory at a time", "times")
-    print_head(f"Environment steps a second of pearl_hyper.py, {VEL}", *columns)
-    env, sizes = gym.make(VEL, goal=1.0), {"primary_widths": args.primary_widths}
-    for num_goals in args.num_goals:
-        goals = sample_goals(VEL, num_goals, np.random.default_rng(0))
+    print_head(rounds, f"Environment steps a second of pearl_hyper.py, {VEL}", *columns)
+    env, evaluate = gym.make(VEL, goal=1.0), pearl_hyper.evaluate
+    for T in num_goals:
+        goals = sample_goals(VEL, T, np.random.default_rng(0))
         envs = MetaVectorEnv(VEL, np.resize(goals, 5), 3, THREADS)
         eval_envs = MetaVectorEnv(VEL, goals, 1, THREADS)
         for model in ("mlp", "hyper"):
-            run_args = pearl_hyper.Args(env_id=VEL, model=model, device="cpu", **sizes)
+            sizes = {"env_id": VEL, "primary_widths": primary_widths}
+            run_args = pearl_hyper.Args(model=model, device="cpu", **sizes)
             agent = pearl_hyper.Agent(*CHEETAH, run_args)
             for what, steps, function, slots in (
-                ("collection, 5 goals", 5_000, collect, envs),
-                (
-                    f"evaluation, {num_goals} goals",
-                    600 * num_goals,
-                    pearl_hyper.evaluate,
-                    eval_envs,
-                ),
+                ("collection, 5 goals", 5 * 1_000, collect, envs),
+                (f"evaluation, {T} goals", 3 * HORIZON * T, evaluate, eval_envs),
             ):
                 ours = partial(function, agent, slots, run_args)
-                alone = partial(one_trajectory, agent.policy, env, what.startswith("evaluation"))
-                seconds = median_seconds(args.rounds, ours=ours, alone=alone)
+                alone = partial(one_trajectory, agent.policy, env, function is evaluate)
+                seconds = median_seconds(rounds, ours=ours, alone=alone)
                 rates = steps / seconds["ours"], HORIZON / seconds["alone"]
                 print_row(model, what, *(f"{rate:,.0f}" for rate in rates), rates[0] / rates[1])
 
@@ -375,15 +361,19 @@ def one_of_two_runs(seconds: float, primary_widths: tuple[int, ...]) -> None:
     print(1e3 * (time.perf_counter() - start) / number)
 
 
-def print_cores(args: Args) -> None:
-    cores = sorted(os.sched_getaffinity(0))[:2]
+VARIABLES = ({}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_NUM_THREADS": "1"})
+
+
+def cores(primary_widths: Counts = FULL_SIZE, rounds: int = 5) -> None:
+    """Milliseconds of an update of TD3 alone and of two at once, mean of --rounds seconds."""
+    two = sorted(os.sched_getaffinity(0))[:2]
     # OpenMP reads its variables when torch is imported, here before speed.py sets one
-    code = f"import os; os.sched_setaffinity(0, {cores}); import torch, speed; "
-    code += f"speed.one_of_two_runs({args.rounds}, {args.primary_widths})"
+    code = f"import os; os.sched_setaffinity(0, {two}); import torch, speed; "
+    code += f"speed.one_of_two_runs({rounds}, {primary_widths})"
     title = "Milliseconds of an update of td3_hyper.py, sa-hyper, batch 100, on two cores"
-    print_head(title, "environment variable", "alone", "two at once", "")
+    print_head(rounds, title, "environment variable", "alone", "two at once", "")
     unset = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
-    for variable in ({}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_NUM_THREADS": "1"}):
+    for variable in VARIABLES:
         cells = []
         for number in (1, 2):
             start = partial(subprocess.Popen, [sys.executable, "-c", code], text=True)
@@ -400,16 +390,12 @@ def print_cores(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
     gym.logger.min_level = gym.logger.ERROR
     tune("cpu", "float32")
-    print_table = {
-        "td3": partial(print_updates, td3_hyper),
-        "sac": partial(print_updates, sac_hyper),
-        "pearl": partial(print_updates, pearl_hyper),
-        "maml": print_iterations,
-        "sampling": print_sampling,
-        "collection": print_collection,
-        "cores": print_cores,
-    }
-    print_table[args.table](args)
+    updates = {"td3": partial(critics, td3_hyper), "sac": partial(critics, sac_hyper)}
+    tables = [pearl, maml, sampling, collection, cores]
+    commands = updates | {table.__name__: table for table in tables}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except ValueError as error:
+        stop(str(error))

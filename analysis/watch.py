@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import glfw
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
@@ -141,11 +142,8 @@ def main(args: Args) -> None:
         stop(f"--goal is for runs of MAML and PEARL, {args.run_dir} is one of {script.__name__}.py")
     if args.adapt and script is not maml_hyper:
         stop(f"--adapt is for runs of MAML, {args.run_dir} is one of {script.__name__}.py")
-    if (
-        args.human
-        and sys.platform == "linux"
-        and not {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
-    ):
+    glfw.ERROR_REPORTING = "ignore"
+    if args.human and not glfw.init():
         stop("--human needs a display; --video FILE.mp4 does without")
     if args.video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display
@@ -169,8 +167,9 @@ def main(args: Args) -> None:
         env.reset(seed=run_args.seed + 100)
         frame() if args.video else None
     except Exception as error:  # of many kinds, from several libraries
+        sys.unraisablehook = lambda _: None  # Gymnasium's viewer fails again when it is deleted
         hint = "on Debian, apt-get install libegl1 libgl1-mesa-dri"
-        stop(f"{run_args.env_id} cannot be drawn ({error or type(error).__name__}); {hint}")
+        stop(f"{run_args.env_id} cannot be drawn; {hint} ({error or type(error).__name__})")
 
     dims = env.observation_space.shape[0], env.action_space.shape[0]
     networks = (maml_hyper.Policy if script is maml_hyper else script.Agent)(*dims, run_args)
