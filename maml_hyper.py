@@ -677,8 +677,8 @@ class Run:
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
         versions = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco")}
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        versions["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
+        versions["git"] = subprocess.run("git rev-parse HEAD", **here).stdout.strip()
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
         write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
         print(f"{self.dir}: {self.unit} {step} of {self.total}", flush=True)

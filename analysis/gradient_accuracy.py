@@ -3,168 +3,172 @@
     python td3_hyper.py --env-id Hopper-v4 --critic sa-hyper --save-every 10000
     python analysis/gradient_accuracy.py runs/td3_hyper
 
-For every step_N.pt and each of 15 states of its policy's own distribution, two gradients of Q in
-the action at a = π(s), and their cosine similarity:
+For each step_N.pt, in 15 states of its policy's own distribution, two gradients of Q in the action
+at a = π(s) are compared by their cosine similarity:
 - the critic's: ∇_a Q1(s, π(s));
 - the "true" one: the slope of a linear least-squares fit, with intercept, of return on action, over
-  15 rollouts from s. Each draws an action around π(s), clipped to the bounds, holds it for 3 steps
-  and then follows π.
-
-A rollout goes on to the end of the episode, and the state's own time step counts towards the
-environment's time limit. Where that limit cuts it after k steps, γ^k min_i Q'_i(s_k, π(s_k)) of the
-target critics stands for the rest; a termination is worth nothing more. (released, all of it)
+  15 rollouts from s. Each draws an action around π(s), clipped to [-1, 1], holds it for 3 steps and
+  then follows π to the end of the episode. Where the time limit cuts it after k steps,
+  γ^k min_i Q'_i(s_k, π(s_k)) of the target critics stands for the rest. (released, all of it)
 
 Holding the action makes the return depend on it more strongly, but what is fitted then is not quite
 Q(s, a), after whose first step the policy takes over. `--hold 1` fits that.
 
-Writes gradient_accuracy.csv, a row a state, after each checkpoint, and from the whole of it a
-picture for each environment; prints the shares of states above two thresholds, and the mean with
-its standard error between checkpoints, since the states of one are alike. The same command again
-measures only what the table lacks: delete the table to measure runs that were trained afresh.
-Norms are in return per unit of action; the cosine similarity is empty where a gradient is exactly
-0, and counts as below every τ.
+`--repeat` makes a second, independent estimate in each state. If the two agree with a similarity of
+c, the exact gradient would score about the square root of c, and no critic can score more.
+
+Runs of sac_hyper.py can be measured too, with their deterministic policy; their critics count the
+entropy, which the return does not.
+
+Writes gradient_accuracy.csv, a row for each state, after each checkpoint, and in the end a picture
+for each environment. The same command again measures only what the table lacks: delete the table to
+measure runs that were trained afresh. The columns:
+- cosine_similarity, empty where a gradient is exactly 0, which counts as below every τ;
+- weighted_similarity, of (1 - π²) ∘ ∇_a, which is what the actor sees through its tanh;
+- similarity_of_two, of the two estimates of --repeat;
+- saturated, the share of the action's dimensions with |π(s)| > 0.95, where the tanh lets next to no
+  gradient through and about half of the perturbed actions are clipped;
+- norm_true and norm_critic, in return per half width of the action's range.
 """
 
-import argparse
 import functools
 import json
+import os
 import signal
 import sys
-import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # lets two processes share cores
+
 import gymnasium as gym
-import matplotlib
 import mujoco
 import numpy as np
 import pandas as pd
 import torch
+import tyro
 from gymnasium.envs.mujoco import MujocoEnv
+from plot import COLOURS, plt
 from tqdm import tqdm
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import sac_hyper  # noqa: E402
 import td3_hyper  # noqa: E402
 from hypernet import CRITICS  # noqa: E402
-from td3_hyper import stop  # noqa: E402
+from td3_hyper import act, make_env, q_value, stop  # noqa: E402
 
-STD = 0.3  # of the actions around π(s), in half widths of the action range (released)
+STD = 0.3  # of the actions around π(s), which are in [-1, 1] (released)
 RUN = ["env_id", "critic", "seed"]
-SETTINGS = ["num_states", "num_actions", "hold", "exp_name"]  # the same in every row of a table
-COLUMNS = [*RUN, "step", "state", "cosine_similarity", "norm_true", "norm_critic", *SETTINGS]
-COLOURS = {  # Okabe and Ito's, safe for the colour-blind
-    "mlp": "#000000",
-    "mlp-small": "#56b4e9",
-    "mlp-large": "#e69f00",
-    "resnet-features": "#009e73",
-    "resnet35": "#cc79a7",
-    "d2rl": "#999999",
-    "as-hyper": "#0072b2",
-    "sa-hyper": "#d55e00",
-}
+SIMILARITIES = ["cosine_similarity", "weighted_similarity", "similarity_of_two"]
+SETTINGS = ["num_states", "num_actions", "hold", "repeat", "exp_name"]  # the same in every row
+COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "norm_true", "norm_critic", *SETTINGS]
 
 
-def parse_args() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.error = stop  # in one line
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, help="run directories of td3_hyper.py, or folders of them")
-    add("--out", type=Path, default="plots", help="folder of the table and pictures: %(default)s")
-    add("--num-states", type=int, default=15, help="states a checkpoint: 15 (paper)")
-    add("--num-actions", type=int, default=15, help="rollouts a state: 15 (paper)")
-    add("--hold", type=int, default=3, help="steps that a rollout holds its action: 3 (released)")
-    args = parser.parse_args()
-    for name, least in {"num_states": 1, "num_actions": 3, "hold": 1}.items():
-        if getattr(args, name) < least:
-            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    return args
+@dataclass
+class Args:
+    """How good the critics' action gradients are, in runs of td3_hyper.py or sac_hyper.py."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run directories, or folders of them"""
+    out: Path = Path("plots")
+    """folder of the table and the pictures"""
+    num_states: int = 15
+    """states of a checkpoint (paper)"""
+    num_actions: int = 15
+    """rollouts of an estimate (paper)"""
+    hold: int = 3
+    """steps for which a rollout holds its action (released)"""
+    repeat: bool = False
+    """make a second, independent estimate in every state"""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("give run directories, or folders of them")
+        if min(self.num_states, self.num_actions, self.hold) < 1:
+            raise ValueError("--num-states, --num-actions and --hold must be at least 1")
 
 
-@functools.cache
-def make_envs(env_id: str, env_kwargs: str, num_states: int, num_actions: int) -> list[gym.Env]:
-    """`num_states + num_actions` copies; ends here if the environment does not suit."""
-    args = td3_hyper.Args(env_id=env_id, env_kwargs=env_kwargs)
-    env = td3_hyper.make_env(args)
-    if not isinstance(env.unwrapped, MujocoEnv):
-        stop(f"{env_id} is not an environment of MuJoCo: its state cannot be set")
-    if (env.spec.max_episode_steps or 0) < 1:
-        stop(f"{env_id} {env_kwargs} has no time limit: a rollout might never end")
-    dims = env.action_space.shape[0]
+def saved_steps(run_dir: Path) -> list[int]:
+    """The N of its step_N.pt."""
+    return sorted(int(file.stem.removeprefix("step_")) for file in run_dir.glob("step_*.pt"))
+
+
+def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tuple]:
+    """(env_id, model, seed) -> (script, its arguments, directory) of each run of the scripts."""
+    runs, experiments, names = {}, set(), " or ".join(f"{script.__name__}.py" for script in scripts)
+    for folder in folders:
+        if not any(folder.rglob("config.json")):
+            stop(f"{folder}: no run of {names} in there, a directory with a config.json")
+    for config in sorted({file.resolve() for f in folders for file in f.rglob("config.json")}):
+        try:
+            saved = json.loads(config.read_text())["args"]
+            (script,) = (s for s in scripts if {f.name for f in fields(s.Args)} == set(saved))
+            args = script.Args(**saved | {"device": "cpu", "track": False})
+        except (OSError, ValueError, KeyError, TypeError):
+            stop(f"{config} does not hold the arguments of a run of {names}")
+        if not saved_steps(config.parent):
+            stop(f"{config.parent}: no step_N.pt, wait for its end or use --save-every")
+        run = (args.env_id, getattr(args, model), args.seed)
+        experiments.add(args.exp_name)
+        if len(experiments) > 1:
+            stop(f"runs of {' and '.join(sorted(experiments))}: give those of one experiment")
+        if run in runs:
+            stop(f"{runs[run][-1]} and {config.parent} are both {' '.join(map(str, run))}")
+        runs[run] = (script, args, config.parent)
+    return runs
+
+
+def read_table(file: Path, columns: list[str], settings: dict) -> list[dict]:
+    """The rows measured so far; ends here if that was with other settings."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        table = pd.read_csv(file, dtype={"exp_name": str})[columns]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"{file} cannot be used ({error}), choose another --out")
+    for name, value in settings.items():
+        if not (table[name] == value).all():
+            stop(f"{file} has another {name} than {value}, choose another --out")
+    return table.to_dict("records")
+
+
+def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict]) -> pd.DataFrame:
+    """Writes all rows, in the order of `key`."""
+    table = pd.DataFrame(rows, columns=columns).sort_values(key)
+    td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
+    return table
+
+
+def make_envs(run_args, num_states: int, num_actions: int) -> list[gym.Env]:
+    """`num_states + num_actions` copies of an environment; ends here if it does not suit."""
+    envs = [make_env(run_args) for _ in range(num_states + num_actions)]
+    if not isinstance(envs[0].unwrapped, MujocoEnv):
+        stop(f"{run_args.env_id} is not an environment of MuJoCo: its state cannot be set")
+    if (envs[0].spec.max_episode_steps or 0) < 1:
+        stop(f"{run_args.env_id} has no time limit: a rollout might never end")
+    dims = envs[0].action_space.shape[0]
     if num_actions < dims + 2:
-        stop(
-            f"--num-actions {num_actions}: must be at least {dims + 2} for {env_id}, to fit the "
-            f"{dims} dimensions of its actions, an intercept and a residual"
-        )
-    warn = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda message: None)  # what the first copy has said already
-    envs = [env] + [td3_hyper.make_env(args) for _ in range(num_states + num_actions - 1)]
-    mujoco.set_mju_user_warning(warn)
+        stop(f"--num-actions must be at least {dims + 2} for the {dims}-dimensional actions")
     for env in envs:
         env.reset()
     return envs
 
 
-def saved_steps(run_dir: Path) -> list[int]:
-    """The N of its step_N.pt."""
-    names = [file.stem.removeprefix("step_") for file in run_dir.glob("step_*.pt")]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def find_runs(folders: list[Path], script=td3_hyper, model: str = "critic") -> dict[tuple, tuple]:
-    """(env_id, model, seed) -> (arguments, directory) of each run; ends here if one won't do."""
-    runs = {}
-    for folder in folders:
-        configs = sorted(folder.rglob("config.json"))
-        if not configs:
-            stop(f"{folder}: no run of {script.__name__}.py there, a directory with a config.json")
-        for config in configs:
-            try:
-                args = script.Args(**json.loads(config.read_text())["args"])
-            except (OSError, ValueError, KeyError, TypeError):
-                stop(f"{config} does not hold the arguments of a run of {script.__name__}.py")
-            if not saved_steps(config.parent):
-                stop(f"{config.parent}: no step_N.pt, wait for its end or use --save-every")
-            run = (args.env_id, getattr(args, model), args.seed)
-            _, other = runs.setdefault(run, (args, config.parent))
-            if not other.samefile(config.parent):
-                stop(f"{other} and {config.parent} are both {' '.join(map(str, run))}: give one")
-    names = {args.exp_name for args, _ in runs.values()}
-    if len(names) > 1:
-        stop(f"runs of several experiments, {', '.join(sorted(names))}: give those of one")
-    return runs
-
-
-def read_table(file: Path, columns: list[str], settings: dict) -> list[tuple]:
-    """The rows measured so far; ends here if it was with other settings."""
-    if not file.exists():
-        return []
-    try:
-        table = pd.read_csv(file, dtype={"exp_name": str})[columns]
-    except (OSError, ValueError, KeyError):
-        stop(f"{file} is not a table of this script, choose another --out")
-    for name, value in settings.items():
-        if not (table[name] == value).all():
-            stop(f"{file} has another {name} than {value}, choose another --out")
-    return list(table.itertuples(index=False, name=None))
-
-
-def load_agent(args: td3_hyper.Args, run_dir: Path, step: int, env: gym.Env) -> td3_hyper.Agent:
-    """The networks of step_N.pt; ends here if they are not those of the run."""
-    agent = td3_hyper.Agent(env.observation_space.shape[0], env.action_space, args)
+def load(networks: torch.nn.Module, run_dir: Path, step: int) -> dict:
+    """Loads step_N.pt, and returns it; ends here if it is not of the run."""
     file = run_dir / f"step_{step}.pt"
     try:
-        agent.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
-    except td3_hyper.LOAD_ERRORS as error:
+        weights = torch.load(file, weights_only=True, map_location="cpu")
+        networks.load_state_dict(weights)
+    except Exception as error:  # many kinds, depending on where the damage is
         stop(f"{file} does not hold the networks of {run_dir / 'config.json'}: {error}")
-    return agent
+    return weights
 
 
 def sample_states(envs: list, policy, rng: np.random.Generator, limit: int) -> np.ndarray:
-    """Bring each environment to a state of the policy's own distribution: obs (S, obs).
+    """Brings each environment to a state of the policy's own distribution: obs (S, obs).
 
     That is where the policy is after a random number of steps, below `limit`, counted through the
     ends of the episodes (released).
@@ -180,26 +184,25 @@ def sample_states(envs: list, policy, rng: np.random.Generator, limit: int) -> n
     return obs
 
 
-def copy_state(source: gym.Env, target: gym.Env) -> None:
-    """Put `target` where `source` is, at the same time of its episode.
+def copy_state(source: gym.Env, targets: list[gym.Env]) -> None:
+    """Puts all `targets` where `source` is, at the same time of its episode.
 
     All of MuJoCo's data, not positions and velocities alone: Ant's reward reads the torso's place
     from before the last integration, and the solver starts from its last solution.
     """
-    mujoco.mj_copyData(target.unwrapped.data, source.unwrapped.model, source.unwrapped.data)
-    target.set_wrapper_attr("_elapsed_steps", source.get_wrapper_attr("_elapsed_steps"))
-
-
-def copy_checked(source: gym.Env, targets: list[gym.Env], action: np.ndarray) -> None:
-    """Put all `targets` where `source` is. Both take a step of `action` to see that they agree bit
-    for bit, so `source` is left a step ahead."""
     for target in targets:
-        copy_state(source, target)
+        mujoco.mj_copyData(target.unwrapped.data, source.unwrapped.model, source.unwrapped.data)
+        target.set_wrapper_attr("_elapsed_steps", source.get_wrapper_attr("_elapsed_steps"))
+
+
+def check_copy(source: gym.Env, target: gym.Env, spare: gym.Env, action: np.ndarray) -> None:
+    """Ends here if a copy does not step exactly as `source`, which stays where it is."""
+    copy_state(source, [target, spare])
     obs, *rest, _ = source.step(action)
-    copied_obs, *copied_rest, _ = targets[0].step(action)
+    copied_obs, *copied_rest, _ = target.step(action)
     if not np.array_equal(obs, copied_obs) or rest != copied_rest:
         stop(f"{source.spec.id} does not step alike from a copied state: it hides some of it")
-    copy_state(targets[1], targets[0])
+    copy_state(spare, [source])
 
 
 def discounted_returns(envs, obs, actions, policy, value, gamma: float, hold: int) -> np.ndarray:
@@ -241,134 +244,133 @@ def cosine_similarity(a: np.ndarray, b: np.ndarray) -> float:
     return a @ b / norms if norms > 0 else np.nan
 
 
-def critic_gradient(agent: td3_hyper.Agent, obs: np.ndarray) -> np.ndarray:
+def compare(a: np.ndarray, critic: np.ndarray, true: np.ndarray, second=None) -> dict[str, float]:
+    """The measured columns of a row: of π(s), the critic's gradient and one or two estimates."""
+    weight = 1 - a**2  # derivative of the actor's tanh
+    return {
+        "cosine_similarity": cosine_similarity(true, critic),
+        "weighted_similarity": cosine_similarity(weight * true, weight * critic),
+        "similarity_of_two": np.nan if second is None else cosine_similarity(true, second),
+        "saturated": (abs(a) > 0.95).mean(),
+        "norm_true": np.linalg.norm(true),
+        "norm_critic": np.linalg.norm(critic),
+    }
+
+
+def critic_gradient(agent, run_args, obs: np.ndarray) -> np.ndarray:
     """∇_a Q1(s, a) at a = π(s): (S, obs) -> (S, action)"""
-    obs = torch.as_tensor(obs, dtype=torch.float32)
+    obs = torch.from_numpy(obs)
     action = agent.actor(obs).detach().requires_grad_()
-    return torch.autograd.grad(agent.critics[0](obs, action).sum(), action)[0].numpy()
+    q = q_value(agent.critics[0], obs, action, run_args)
+    return torch.autograd.grad(q.sum(), action)[0].numpy()
 
 
 @torch.inference_mode()
-def target_value(agent: td3_hyper.Agent, obs: np.ndarray) -> np.ndarray:
+def target_value(agent, run_args, obs: np.ndarray) -> np.ndarray:
     """min_i Q'_i(s, π(s)) of the target critics: (N, obs) -> (N,)"""
-    obs = torch.as_tensor(obs, dtype=torch.float32)
+    obs = torch.from_numpy(obs)
     action = agent.actor(obs)
-    return torch.min(*(critic(obs, action) for critic in agent.target_critics)).numpy()
+    return torch.min(*(q_value(q, obs, action, run_args) for q in agent.target_critics)).numpy()
 
 
-def rollouts(agent, gamma: float, envs, s, a, hold: int, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Actions (N, action) around a = π(s) and their returns (N,), all N environments being in s."""
-
-    def policy(obs):
-        return td3_hyper.act(agent.actor, obs)
-
-    def value(obs):
-        return target_value(agent, obs)
-
-    low, high = agent.actor.low.numpy(), agent.actor.high.numpy()
-    epsilon = rng.standard_normal((len(envs), len(a)), dtype=np.float32)
-    actions = (a + STD * (high - low) / 2 * epsilon).clip(low, high)
-    return actions, discounted_returns(envs, s, actions, policy, value, gamma, hold)
-
-
-def measure(agent, gamma: float, state_envs, rollout_envs, hold: int, rng) -> list[tuple]:
-    """(cosine similarity, norm of the "true" gradient, of the critic's) of each state."""
-
-    def policy(obs):
-        return td3_hyper.act(agent.actor, obs)
-
-    obs = sample_states(state_envs, policy, rng, state_envs[0].spec.max_episode_steps)
-    rows = []
-    for env, s, a, of_critic in zip(state_envs, obs, policy(obs), critic_gradient(agent, obs)):
-        copy_checked(env, rollout_envs, a)
-        true = estimate_gradient(*rollouts(agent, gamma, rollout_envs, s, a, hold, rng))
-        norms = (np.linalg.norm(true), np.linalg.norm(of_critic))
-        rows.append((cosine_similarity(true, of_critic), *norms))
+def measure(agent, run_args, envs: list[gym.Env], args: Args, step: int) -> list[dict]:
+    """The measured columns of each state."""
+    policy = functools.partial(act, agent.actor, device="cpu")
+    value = functools.partial(target_value, agent, run_args)
+    state_envs, copies = envs[: args.num_states], envs[args.num_states :]
+    rng = np.random.default_rng([run_args.seed, step])
+    obs = sample_states(state_envs, policy, rng, envs[0].spec.max_episode_steps)
+    of_critic, rows = critic_gradient(agent, run_args, obs), []
+    for i, (env, s, a) in enumerate(zip(state_envs, obs, policy(obs))):
+        check_copy(env, *copies[:2], a)
+        rng, estimates = np.random.default_rng([run_args.seed, step, i]), []
+        for _ in range(1 + args.repeat):
+            copy_state(env, copies)
+            epsilon = rng.standard_normal((len(copies), len(a)), dtype=np.float32)
+            actions = (a + STD * epsilon).clip(-1, 1)
+            rollouts = (copies, s, actions, policy, value, run_args.gamma, args.hold)
+            estimates.append(estimate_gradient(actions, discounted_returns(*rollouts)))
+        rows.append(compare(a, of_critic[i], *estimates))
     return rows
 
 
 def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
-    """Fig. 3 for one environment, a curve a critic; all states of all its runs count alike."""
+    """Fig. 3 for one environment, a curve for each critic; all states of its runs count alike."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
-    (threshold, quarter), (three_quarters, mean) = axes
+    threshold, quarter, three_quarters, mean = axes.flat
     tau = np.linspace(0, 1, 101)
-    for critic in CRITICS:
+    for critic in [name for name in CRITICS if name in set(table.critic)]:
         runs = table[table.critic == critic]
-        if runs.empty:
-            continue
-        cs = runs.cosine_similarity.to_numpy()
-        label = f"{critic} ({runs.seed.nunique()})"
-        style = {"color": COLOURS[critic], "linewidth": 2}
-        threshold.plot(tau, 100 * (cs[:, None] > tau).mean(0), label=label, **style)
-        steps = runs.groupby("step").cosine_similarity
+        cs, style = runs.cosine_similarity, {"color": COLOURS[critic], "linewidth": 2}
+        above = 100 * (cs.to_numpy()[:, None] > tau).mean(0)
+        threshold.plot(tau, above, label=f"{critic} ({runs.seed.nunique()})", **style)
         for axis, least in ((quarter, 0.25), (three_quarters, 0.75)):
-            share = 100 * steps.agg(lambda cs, least=least: (cs > least).mean())
-            axis.plot(share.index, share, marker=".", **style)
-        mean.plot(steps.mean().index, steps.mean(), marker=".", **style)
+            axis.plot(100 * (cs > least).groupby(runs.step).mean(), marker=".", **style)
+        steps = cs.groupby(runs.step)
+        mean.plot(steps.mean(), marker=".", **style)
         quartiles = steps.quantile(0.25), steps.quantile(0.75)
-        mean.fill_between(steps.mean().index, *quartiles, color=style["color"], alpha=0.12, lw=0)
+        mean.fill_between(quartiles[0].index, *quartiles, color=COLOURS[critic], alpha=0.12, lw=0)
+    for axis in axes.flat:
+        axis.set(xlabel="environment steps", ylabel="states (%)")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.locator_params(axis="x", nbins=5)
     threshold.set(title="(a) states above τ, all steps", xlabel="threshold τ", xlim=(0, 1))
     quarter.set(title="(b) states above τ = 0.25")
     three_quarters.set(title="(c) states above τ = 0.75")
-    for axis in (threshold, quarter, three_quarters):
-        axis.set_ylabel("states (%)")
-        axis.set_ylim(bottom=0)
     mean.set(title="(d) mean and interquartile range", ylabel="cosine similarity")
     mean.axhline(0, color="black", linewidth=0.8)
-    for axis in (quarter, three_quarters, mean):
-        axis.set_xlabel("environment steps")
-        axis.locator_params(axis="x", nbins=5)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
     threshold.legend(title="critic (runs)", frameon=False)
     figure.suptitle(f"Cosine similarity of ∇Q and the gradient of the return, {env_id}")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
-def main(args: argparse.Namespace) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is a crash like any other
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over all states of a critic; the error is the standard error of the mean similarity
+    between checkpoints, since the states of one are alike; the ratio of the norms is a median."""
+    cs, critics = "cosine_similarity", ["env_id", "critic"]
+    table = table.assign(norm_ratio=table.norm_critic / table.norm_true)
+    table = table.assign(**{f"above {tau}": table[cs] > tau for tau in (0.25, 0.75)})
+    groups = table.groupby(critics)
+    means = groups[[*SIMILARITIES, "above 0.25", "above 0.75", "saturated"]].mean()
+    means.insert(0, "states", groups.size())
+    means.insert(2, "error", table.groupby([*RUN, "step"])[cs].mean().groupby(critics).sem())
+    return means.assign(norm_ratio=groups.norm_ratio.median()).dropna(axis="columns", how="all")
+
+
+def main(args: Args) -> None:
     torch.set_num_threads(1)  # batches of 15 gain nothing from more, and wait for busy cores
-    runs = find_runs(args.runs)
-    sizes = (args.num_states, args.num_actions)
-    envs = {run: make_envs(a.env_id, a.env_kwargs, *sizes) for run, (a, _) in runs.items()}
-    exp_name = next(iter(runs.values()))[0].exp_name
-    settings = dict(zip(SETTINGS, (*sizes, args.hold, exp_name)))
-    table_file = args.out / "gradient_accuracy.csv"
-    rows = read_table(table_file, COLUMNS, settings)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--out {args.out}: cannot write there: {error}")
-
-    measured = {row[:4] for row in rows}
-    todo = [(run, step) for run in sorted(runs) for step in saved_steps(runs[run][1])]
-    todo = [(run, step) for run, step in todo if (*run, step) not in measured]
-    for run, step in (bar := tqdm(todo, disable=None)):  # a bar on a terminal
-        start = time.perf_counter()
-        run_args, run_dir = runs[run]
-        state_envs, rollout_envs = envs[run][: args.num_states], envs[run][args.num_states :]
-        agent = load_agent(run_args, run_dir, step, state_envs[0])
-        rng = np.random.default_rng([run_args.seed, step])
-        new = measure(agent, run_args.gamma, state_envs, rollout_envs, args.hold, rng)
-        rows += [(*run, step, i, *numbers, *settings.values()) for i, numbers in enumerate(new)]
-        table = pd.DataFrame(sorted(rows), columns=COLUMNS)
-        td3_hyper.write(table_file, table.to_csv(index=False, float_format="%.6g"))
-        mean = pd.Series(numbers[0] for numbers in new).mean()
-        seconds = time.perf_counter() - start
-        bar.write(f"{run_dir} step {step}: mean cosine similarity {mean:.3f} ({seconds:.1f} s)")
+    mujoco.set_mju_user_warning(lambda message: None)  # each copy would repeat them
+    runs = find_runs(args.runs, "critic", td3_hyper, sac_hyper)
+    _, run_args, _ = next(iter(runs.values()))
+    settings = {n: (vars(args) | {"exp_name": run_args.exp_name})[n] for n in SETTINGS}
+    file = args.out / "gradient_accuracy.csv"
+    rows = read_table(file, COLUMNS, settings)
+    measured = {tuple(row[name] for name in [*RUN, "step"]) for row in rows}
+    saved = [(*run, step) for run in sorted(runs) for step in saved_steps(runs[run][-1])]
+    todo = [checkpoint for checkpoint in saved if checkpoint not in measured]
+    for *run, step in (bar := tqdm(todo, disable=None)):  # a bar on a terminal
+        script, run_args, run_dir = runs[tuple(run)]
+        envs = make_envs(run_args, args.num_states, args.num_actions)
+        spaces = envs[0].observation_space, envs[0].action_space
+        agent = script.Agent(*(space.shape[0] for space in spaces), run_args)
+        load(agent, run_dir, step)
+        new = measure(agent, run_args, envs, args, step)
+        names = dict(zip([*RUN, "step"], (*run, step)))
+        rows += [names | {"state": i} | row | settings for i, row in enumerate(new)]
+        save_table(file, COLUMNS, [*RUN, "step", "state"], rows)
+        means = pd.DataFrame(new)[[*SIMILARITIES, "saturated"]].mean().dropna()
+        means = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+        bar.write(f"{run_dir} step {step}: {means}")
         sys.stdout.flush()
-
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    cs = table.groupby(["env_id", "critic"]).cosine_similarity
-    shares = {f"above {tau}": cs.agg(lambda cs, tau=tau: (cs > tau).mean()) for tau in (0.25, 0.75)}
-    of_checkpoint = table.groupby([*RUN, "step"]).cosine_similarity.mean()
-    means = {"mean": cs.mean(), "error": of_checkpoint.groupby(["env_id", "critic"]).sem()}
-    print(pd.DataFrame({"states": cs.size(), **shares, **means}).round(3).to_string())
+    table = pd.DataFrame(rows)
     for env_id, of_env in table.groupby("env_id"):
-        plot(env_id, of_env, args.out / f"gradient_accuracy_{env_id.replace('/', '-')}.png")
-    print(f"{table_file} has {len(rows)} states, those of {len(todo)} checkpoints are new")
+        name = env_id.replace("/", "-").replace(":", "-")
+        plot(env_id, of_env, args.out / f"gradient_accuracy_{name}.png")
+    print(summary(table).round(3).to_string())
+    print(f"{file} has {len(rows)} states, those of {len(todo)} checkpoints are new")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
+    main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))

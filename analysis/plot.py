@@ -1,42 +1,35 @@
-"""Learning curves, normalised scores and the train/test pair (paper, Figs. 4, 6 and 7).
+"""Learning curves, normalised scores and training against test goals (paper, Figs. 4, 6 and 7).
 
-    python analysis/plot.py runs
+    python analysis/plot.py runs/td3_hyper
 
-From {exp_name}/{env_id}/{model}/seed{seed}/eval.csv alone it writes
-- learning_curves_{exp_name}.png and learning_curves.csv, .md: return over steps (Fig. 4);
-- final_scores.csv, .md: final score, gain and steps to the baseline's, by environment;
-- summary.png, summary.csv, .md, and the picture's curves as summary_curves.csv, .md (Fig. 6);
-- train_test_{exp_name}_{env_id}.png and train_test.csv, .md: meta-RL's training and test goals,
-  out of distribution in HalfCheetahVelMedium-v0 (Fig. 7).
+Reads the eval.csv of the runs, in {exp_name}/{env_id}/{model}/seed{seed}/, and nothing else; writes
+- learning_curves.png, .csv: return over steps (Fig. 4), a panel for each environment, a line for
+  each model; two experiments can be compared: each has a line of its own;
+- final_scores.csv: final score, gain and steps to the baseline's score in each environment;
+- summary.png, .csv: normalised scores over the environments of an experiment (Fig. 6);
+- train_test_{env_id}.png: meta-RL's training and test goals (Fig. 7).
 
 What the numbers are:
 - evaluation: a run's mean return over the episodes (meta-RL: over the goals) of one step;
-- learning curve: mean over seeds, with the t-distribution's 95% interval (of two seeds it says
-  nothing: their picture has a band from the one to the other);
+- learning curve: mean over seeds, with the t-distribution's 95% interval (in the picture of one or
+  two seeds: all of them);
 - final score: mean of a run's evaluations in the last 10% of the steps (meta-RL: of iterations);
-- baseline: mlp (MLP-Standard), for MAML vanilla after adaptation;
-- normalised score: (score - first) / (final - first), where first and final are the baseline's mean
-  first evaluation and final score there: 0 is untrained, 1 is the trained baseline. (The returns of
-  some environments are negative, so that a plain ratio to the baseline would mean nothing.)
+- normalised score: (score - first) / (final - first), where first and final are the mean first
+  evaluation and final score of the baseline, mlp (for MAML: vanilla after adaptation). (Some
+  returns are negative, so a plain ratio to the baseline would mean nothing.)
 - gain: 100 (mean normalised final score - 1) percent;
-- reached at: the step where the mean curve first reaches the baseline's final score (over
-  environments: a mean normalised score of 1), in percent of the baseline's steps;
-- mean, median: over environments (those the model has), of the mean over runs;
-- IQM: mean of the middle half of all runs;
-- probability of improvement: that a run ends above one of the baseline (ties count half), averaged
-  over environments;
-- their 95% intervals: bootstrap stratified by environment, the normalisation held fixed. These are
-  rliable's statistics (Agarwal et al., 2021) by scipy: rliable 1.2.0 needs arch < 8, which does not
-  import with pandas 3.
+- reached at: the step where the mean curve (over environments: the mean normalised one) first
+  reaches the baseline's final score, in percent of the baseline's steps;
+- mean: over environments, of the mean over runs; IQM: mean of the middle half of all runs. Their
+  95% intervals are a bootstrap stratified by environment, as in rliable (Agarwal et al., 2021).
 
-Runs of an environment are compared on the evaluations that all of them have, so that the shortest
-one sets the length. An interval needs two runs in each environment, and five to mean much. What is
-unfinished, missing or cut is said on stderr.
+Runs of an environment are compared on the evaluations that all of them have, so the shortest one
+sets the length; this is said on stderr, and so are unfinished runs.
 """
 
-import contextlib
-import io
+import itertools
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,72 +44,39 @@ from scipy import stats
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import EngFormatter  # noqa: E402
 
-BASELINES = ("mlp", "vanilla")
-SPLITS, PHASES = ("", "train", "test"), ("", "pre", "post")  # "": not meta-RL
 ENV, CURVE = ["exp_name", "env_id"], ["exp_name", "env_id", "model", "split", "phase"]
-RESAMPLES = 5000
 # Okabe and Ito's colours, grey in place of yellow; the order is that of legends and tables.
 COLOURS = {"mlp": "#000000", "vanilla": "#000000", "sa-hyper": "#d55e00", "as-hyper": "#0072b2"}
 COLOURS |= {"context": "#0072b2", "hyper": "#d55e00", "mlp-small": "#56b4e9"}
 COLOURS |= {"mlp-large": "#e69f00", "resnet-features": "#009e73", "resnet35": "#cc79a7"}
 COLOURS |= {"d2rl": "#999999"}
+ORDERS = {"model": [*COLOURS], "split": ["", "train", "test"], "phase": ["", "pre", "post"]}
 
 
 @dataclass
 class Args:
     """Learning curves, normalised scores and the train/test pair, as pictures and tables."""
 
-    paths: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[tuple[Path, ...]]
     """run directories, or folders of them"""
-    out: str = "plots"
+    out: Path = Path("plots")
     """folder of the pictures and tables"""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("give run directories, or folders of them")
+
+
+def note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
 
 
 def stop(message: str) -> NoReturn:
-    """Say on stderr in one line what was wrong; exit code 2."""
+    """Ends with one line on stderr and exit code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
-
-
-def read(paths: tuple[str, ...]) -> tuple[pd.DataFrame, list[str]]:
-    """A row for each evaluation of each run, and what is to be said about the runs."""
-    if not paths:
-        stop("give run directories, or folders of them")
-    for path in paths:
-        if not any(Path(path).rglob("eval.csv")):
-            stop(f"{path}: no eval.csv there" if Path(path).is_dir() else f"{path}: no such folder")
-    tables, unfinished, seen = [], [], {}
-    for file in sorted({file.resolve() for path in paths for file in Path(path).rglob("eval.csv")}):
-        run = file.parts[-5:-1]  # exp_name, env_id, model, seed
-        if len(run) < 4 or not re.fullmatch(r"seed(0|[1-9]\d*)", run[3]):
-            stop(f"{file}: must be in exp_name/env_id/model/seedN/")
-        if seen.setdefault(run, file) != file:
-            stop(f"{seen[run]} and {file} are the same run by their names")
-        try:
-            table = read_run(file)
-        except (ValueError, OSError) as error:
-            stop(f"{file}: {error}")
-        if not (file.parent / "summary.json").exists():
-            unfinished.append(f"{'/'.join(run)} (evaluated up to step {table.step.max():,.0f})")
-        names = dict(zip(("exp_name", "env_id", "model", "seed"), (*run[:3], int(run[3][4:]))))
-        tables.append(table.assign(**names))
-    runs = pd.concat(tables, ignore_index=True)
-    for column, order in (("model", COLOURS), ("split", SPLITS), ("phase", PHASES)):
-        order = [*order, *sorted(set(runs[column]) - set(order))]
-        runs[column] = pd.Categorical(runs[column], order, ordered=True)
-    missing = []
-    for exp_name, group in runs.groupby("exp_name"):
-        seeds = set(group.seed)
-        for env_id in group.env_id.unique():
-            for model in group.model.unique():
-                there = group[(group.env_id == env_id) & (group.model == model)].seed
-                if lost := sorted(seeds - set(there)):
-                    missing.append(f"{exp_name}/{env_id}/{model} {' '.join(map(str, lost))}")
-    notes = [f"unfinished: {', '.join(unfinished)}"] if unfinished else []
-    return runs, notes + ([f"missing seeds: {', '.join(missing)}"] if missing else [])
 
 
 def read_run(file: Path) -> pd.DataFrame:
@@ -127,37 +87,60 @@ def read_run(file: Path) -> pd.DataFrame:
     if "global_step" in table:
         table = table.rename(columns={"global_step": "time"})
         table = table.assign(step=table.time, split="", phase="")
-    else:
-        table = table.rename(columns={"iteration": "time", "env_steps": "step"})
+    table = table.rename(columns={"iteration": "time", "env_steps": "step"})
     if not {"time", "step", "split", "phase", "return"} <= set(table):
         raise ValueError("not the columns of an eval.csv")
     numbers = table[["time", "step", "return"]].apply(pd.to_numeric).to_numpy(float)
     if not len(table) or not np.isfinite(numbers).all():
         raise ValueError("a number is missing or not finite" if len(table) else "no evaluation")
-    if not (table.split.isin(SPLITS) & table.phase.isin(PHASES)).all():
-        raise ValueError("split must be train or test, phase pre or post")
     means = table.groupby(["time", "split", "phase"], as_index=False)
     return means.agg({"step": "mean", "return": "mean"})
 
 
-def cut(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Of each environment the evaluations that all its runs have."""
-    kept, notes = [], {}
-    for (exp_name, env_id, _, _), group in runs.groupby([*ENV, "split", "phase"]):
-        ends = group.groupby(["model", "seed"]).time.max()
-        counts = group.time.value_counts()
-        times = counts.index[counts == len(ends)]
-        if times.empty:
+def read(folders: tuple[Path, ...]) -> pd.DataFrame:
+    """A row for each evaluation of each run."""
+    files = {}
+    for folder in folders:
+        found = list(folder.rglob("eval.csv"))
+        if not found:
+            stop(f"{folder}: no eval.csv in there")
+        for file in map(Path.resolve, found):
+            run = file.parts[-5:-1]  # exp_name, env_id, model, seedN
+            if not re.fullmatch(r"seed\d+", run[-1]):
+                stop(f"{file}: must be in exp_name/env_id/model/seedN/")
+            if files.setdefault(run, file) != file:
+                stop(f"{files[run]} and {file} are the same run by their names")
+    tables = []
+    for run, file in sorted(files.items()):
+        try:
+            table = read_run(file)
+        except (ValueError, OSError) as error:
+            stop(f"{file}: {error}")
+        exp_name, env_id, model, seed = run
+        seed = int(seed.removeprefix("seed"))
+        tables.append(table.assign(exp_name=exp_name, env_id=env_id, model=model, seed=seed))
+        if not (file.parent / "summary.json").exists():
+            note(f"unfinished: {'/'.join(run)}, evaluated up to {table.time.max()}")
+    runs = pd.concat(tables, ignore_index=True)
+    for column, order in ORDERS.items():
+        order = [*order, *sorted(set(runs[column]) - set(order))]
+        runs[column] = pd.Categorical(runs[column], order, ordered=True)
+    return runs
+
+
+def cut(runs: pd.DataFrame) -> pd.DataFrame:
+    """The evaluations that all runs of an environment have."""
+    kept = []
+    for (exp_name, env_id), group in runs.groupby(ENV):
+        times = [set(run.time) for _, run in group.groupby(["model", "seed"])]
+        common = set.intersection(*times)
+        if not common:
             stop(f"{exp_name}/{env_id}: the runs have no evaluation step in common")
-        if len(times) < len(counts):
-            last = group[group.time == times.max()].step.mean()
-            shortest = "/seed".join(map(str, ends.idxmin()))
-            notes[exp_name, env_id] = (
-                f"{exp_name}/{env_id}: cut to the evaluations that all runs have, "
-                f"{len(times)} up to step {last:,.0f}; shortest: {shortest}"
-            )
-        kept.append(group[group.time.isin(times)])
-    return pd.concat(kept), list(notes.values())
+        if common != set.union(*times):
+            last = f"{len(common)} up to {max(common)}"
+            note(f"{exp_name}/{env_id}: cut to the evaluations that all runs have, {last}")
+        kept.append(group[group.time.isin(common)])
+    return pd.concat(kept)
 
 
 def over_seeds(groups) -> pd.DataFrame:
@@ -173,25 +156,18 @@ def in_last_tenth(time, last):
     return 10 * time >= 9 * last
 
 
-def normalise(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Add baseline, score (the normalised return) and share (the step in % of the baseline's)."""
-    rows, notes = [], []
+def normalise(runs: pd.DataFrame) -> pd.DataFrame:
+    """Adds baseline, score (the normalised return) and share (the step in % of the baseline's)."""
+    rows = []
     for (exp_name, env_id), group in runs.groupby(ENV):
         models = set(runs[runs.exp_name == exp_name].model)
-        baseline = next((name for name in BASELINES if name in models), " or ".join(BASELINES))
+        baseline = next((name for name in ("mlp", "vanilla") if name in models), "baseline")
         curve = group[(group.model == baseline) & (group.split != "train") & (group.phase != "pre")]
         means = curve.groupby("time")[["step", "return"]].mean()
-        if curve.empty:
-            notes.append(f"{exp_name}/{env_id}: no {baseline}, no normalised scores")
-            rows.append((exp_name, env_id, "", np.nan, np.nan, np.nan))
-            continue
-        first, steps = means["return"].iloc[0], means.step.iloc[-1]
-        final = means["return"][in_last_tenth(means.index, means.index[-1])].mean()
-        if final <= first:
-            notes.append(
-                f"{exp_name}/{env_id}: the final score of {baseline} is not above its first: "
-                "no normalised scores"
-            )
+        first, steps = means["return"].head(1).mean(), means.step.max()
+        final = means["return"][in_last_tenth(means.index, means.index.max())].mean()
+        if not final > first:
+            note(f"{exp_name}/{env_id}: no {baseline} that learned, no normalised scores")
             first = np.nan
         rows.append((exp_name, env_id, baseline, first, final, steps))
     scale = pd.DataFrame(rows, columns=[*ENV, "baseline", "first", "final", "steps"])
@@ -200,7 +176,7 @@ def normalise(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     runs["score"] = score.where(runs.split != "train")
     # Episodes may end early, so that the seeds of one iteration have made different steps.
     runs["share"] = 100 * runs.groupby([*CURVE, "time"]).step.transform("mean") / runs.steps
-    return runs.drop(columns=["first", "final", "steps"]), notes
+    return runs.drop(columns=["first", "final", "steps"])
 
 
 def first_reached(shares: np.ndarray, scores: np.ndarray) -> float:
@@ -221,30 +197,21 @@ def final_scores(runs: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def aggregate(*environments: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean, median and interquartile mean of an array of runs for each environment."""
-    means = np.stack([scores.mean(axis) for scores in environments])
-    iqm = stats.trim_mean(np.concatenate(environments, axis), 0.25, axis)
-    return np.stack([means.mean(0), np.median(means, 0), iqm])
-
-
-def mean_curve(*environments: np.ndarray, axis: int = -1) -> np.ndarray:
+def mean(*environments: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean over environments of the mean over runs; an array of runs for each environment."""
     return np.mean([scores.mean(axis) for scores in environments], axis=0)
 
 
-def improvement(*environments: np.ndarray, axis: int = -1) -> np.ndarray:
-    """P(model > baseline): the model's arrays, then the baseline's."""
-    half = len(environments) // 2
-    pairs = zip(environments[:half], environments[half:])
-    signs = [np.sign(model[..., :, None] - base[..., None, :]) for model, base in pairs]
-    return np.mean([(1 + sign.mean((-2, -1))) / 2 for sign in signs], axis=0)
+def iqm(*environments: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean of the middle half of all runs."""
+    return stats.trim_mean(np.concatenate(environments, axis), 0.25, axis)
 
 
 def interval(statistic: Callable, environments: list[np.ndarray]) -> np.ndarray:
     """Stratified bootstrap, 95%: low and high; nan if some environment has a single run."""
     if min(scores.shape[-1] for scores in environments) < 2:
         return np.full((2, *np.shape(statistic(*environments))), np.nan)
-    options = dict(axis=-1, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0)
+    options = dict(axis=-1, n_resamples=5000, batch=100, method="percentile", rng=0)
     return np.array(stats.bootstrap(environments, statistic, **options).confidence_interval)
 
 
@@ -257,151 +224,110 @@ def on_grid(runs: pd.DataFrame, grid: np.ndarray) -> np.ndarray:
 
 def summarise(runs: pd.DataFrame, finals: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Each model over the environments of an experiment: the numbers, and the mean curves."""
-    names = ("mean", "median", "iqm", "probability_of_improvement")
-    runs, finals = runs.dropna(subset="score"), finals.dropna(subset="score")
     rows, curves = [], []
+    finals = finals.dropna(subset="score")
     for key, group in finals.groupby(["exp_name", "model", "phase"]):
         row = dict(zip(("exp_name", "model", "phase"), key))
-        experiment = runs[runs.exp_name == row["exp_name"]]
-        baseline = experiment.model == experiment.baseline
-        grid = np.unique(experiment[baseline].share)  # the baseline's evaluations
+        experiment = runs[(runs.exp_name == row["exp_name"]) & runs.score.notna()]
+        grid = np.unique(experiment[experiment.model == experiment.baseline].share)
         own = experiment[(experiment.model == row["model"]) & (experiment.phase == row["phase"])]
-        environments = [on_grid(table, grid) for _, table in own.groupby("env_id")]
-        curve = mean_curve(*environments)
+        lines = [on_grid(table, grid) for _, table in own.groupby("env_id")]
+        curve = mean(*lines)
         inside = ~np.isnan(curve)  # where all environments have evaluations
-        low, high = interval(mean_curve, [lines[inside] for lines in environments])
-        columns = dict(steps_percent=grid[inside], mean=curve[inside])
-        curves.append(pd.DataFrame(row | columns | dict(mean_low=low, mean_high=high)))
-
-        base = finals[(finals.exp_name == row["exp_name"]) & (finals.model == finals.baseline)]
-        base = base[(base.phase != "pre") & base.env_id.isin(group.env_id)]
-        scores, base_scores = (
-            [table.score.to_numpy() for _, table in part.groupby("env_id")]
-            for part in (group, base)
-        )
-        both = scores + base_scores
-        values = np.append(aggregate(*scores), improvement(*both))
-        lows, highs = np.c_[interval(aggregate, scores), interval(improvement, both)]
-        if row["model"] == group.baseline.iloc[0] and row["phase"] != "pre":
-            values[-1] = lows[-1] = highs[-1] = np.nan  # the baseline against itself
-        row |= dict(environments=len(scores), runs=len(group), gain_percent=100 * (values[0] - 1))
-        row["reached_at_percent"] = first_reached(grid, curve)
-        for name, value, low, high in zip(names, values, lows, highs):
-            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        low, high = interval(mean, [line[inside] for line in lines])
+        columns = dict(steps_percent=grid[inside], mean=curve[inside], mean_low=low, mean_high=high)
+        curves.append(pd.DataFrame(row | columns))
+        scores = [table.score.to_numpy() for _, table in group.groupby("env_id")]
+        row |= dict(environments=len(scores), runs=len(group))
+        row |= dict(gain_percent=100 * (mean(*scores) - 1))
+        row |= dict(reached_at_percent=first_reached(grid, curve))
+        for statistic in (mean, iqm):
+            name, (low, high) = statistic.__name__, interval(statistic, scores)
+            row |= {name: statistic(*scores), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return pd.DataFrame(rows), pd.concat(curves) if curves else pd.DataFrame()
 
 
-def colours_of(models: list[str]) -> dict[str, str]:
-    """The models' colours; a model without one of its own gets one that is left."""
-    own = {model: COLOURS[model] for model in models if model in COLOURS}
-    left = [colour for colour in dict.fromkeys(COLOURS.values()) if colour not in own.values()]
-    left = left or ["#f0e442"]
-    others = [model for model in models if model not in own]
-    return own | {model: left[i % len(left)] for i, model in enumerate(others)}
+def styles_of(labels: list[str]) -> dict[str, dict]:
+    """A model's own colour; the others have the colours that are left, then dashes."""
+    left = [c for c in dict.fromkeys(COLOURS.values()) if c not in map(COLOURS.get, labels)]
+    others = itertools.cycle(itertools.product(("-", "--", "-."), left or ["grey"]))
+    styles = [("-", COLOURS[label]) if label in COLOURS else next(others) for label in labels]
+    return {label: dict(linestyle=s, color=c) for label, (s, c) in zip(labels, styles)}
 
 
-def draw(axis: plt.Axes, x: pd.Series, curve: pd.DataFrame, **style) -> None:
-    axis.plot(x, curve["mean"], linewidth=1.8, **style)
-    band = dict(facecolor=(style["color"], 0.1), edgecolor=(style["color"], 0.35), linewidth=0.6)
-    axis.fill_between(x, curve.mean_low, curve.mean_high, **band)
-
-
-def draw_returns(curves: pd.DataFrame, panels: list[str], title: str, file: Path) -> None:
-    """Learning curves, two panels a row, one for each value of the columns `panels`."""
-    groups = [(" ".join(key).strip(), table) for key, table in curves.groupby(panels)]
+def draw(table: pd.DataFrame, x: str, xlabel: str, ylabel: str, title: str, file: Path) -> None:
+    """A panel for each `panel`, in it a line for each label, dotted before adaptation."""
+    groups = list(table.groupby("panel", sort=False))
     rows, columns = -(-len(groups) // 2), min(2, len(groups))
-    size = (1 + 3.8 * columns, 1 + 2.7 * rows)
+    size = (1 + 3.8 * columns, 1.2 + 2.7 * rows)
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
-    band = "95% interval" if curves.seeds.max() > 2 else "band from seed to seed"
-    figure.suptitle(f"{title}: mean over seeds, {band}", fontsize=11)
-    colours = colours_of(curves.model.sort_values().unique())
-    for axis, (name, table) in zip(axes.flat, groups):
-        for model, curve in table.groupby("model"):
-            if curve.seeds.max() < 3:
-                curve = curve.assign(mean_low=curve["min"], mean_high=curve["max"])
-            draw(axis, curve.step, curve, color=colours[model])
-        seeds = "-".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
-        axis.set_title(f"{name}, {seeds} seed{'s' * (seeds != '1')}", fontsize=10)
-        axis.set(xlabel="environment steps", ylabel="return per episode")
+    styles = styles_of(list(table.label.unique()))
+    for axis, (panel, curves) in zip(axes.flat, groups):
+        for (label, phase), curve in curves.groupby(["label", "phase"], sort=False):
+            style = styles[label] | (dict(linestyle=":") if phase == "pre" else {})
+            axis.plot(curve[x], curve["mean"], linewidth=1.8, **style)
+            band = dict(facecolor=(style["color"], 0.1), edgecolor=(style["color"], 0.35))
+            axis.fill_between(curve[x], curve.mean_low, curve.mean_high, linewidth=0.6, **band)
+        # The panels of an environment on one scale; a wide interval must not hide the curves.
+        near = table[table.env_id == curves.env_id.iloc[0]]
+        low, high = near["min"].min(), near["max"].max()
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-9)
+        axis.set(title=panel, xlabel=xlabel, ylabel=ylabel)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.spines[["top", "right"]].set_visible(False)
-        # Pre and post, or train and test, on one scale; a wide interval must not hide the curves.
-        near = curves[curves.env_id == table.env_id.iloc[0]]
-        low, high = near["min"].min(), near["max"].max()
-        axis.set_ylim(low - 0.05 * (high - low + 1), high + 0.05 * (high - low + 1))
     for axis in axes.flat[len(groups) :]:
         axis.remove()
-    lines = [Line2D([], [], color=colour) for colour in colours.values()]
-    figure.legend(lines, colours, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title)
+    lines = [plt.Line2D([], [], **style) for style in styles.values()]
+    ncols = 4 if max(map(len, styles)) < 16 else columns
+    figure.legend(lines, styles, loc="outside lower center", ncols=ncols, frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
-def draw_summary(summary: pd.DataFrame, curves: pd.DataFrame, file: Path) -> None:
-    """A row for each experiment: mean normalised score, IQM, probability of improvement; the names
-    beside the IQM are the legend."""
-    groups = list(summary.groupby("exp_name"))
-    heights = [1.2 + 0.2 * max(6, len(rows)) for _, rows in groups]
-    grid = dict(squeeze=False, layout="constrained", width_ratios=(1.7, 1, 1))
-    grid |= dict(figsize=(10, 0.7 + sum(heights)), height_ratios=heights)
-    figure, axes = plt.subplots(len(groups), 3, **grid)
-    for (exp_name, rows), (left, middle, right) in zip(groups, axes):
-        colours = colours_of(list(dict.fromkeys(rows.model)))
-        labels = [f"{model} {phase}".strip() for model, phase in zip(rows.model, rows.phase)]
-        for y, row in enumerate(rows.itertuples()):
-            keys = (curves.exp_name == exp_name) & (curves.model == row.model)
-            curve = curves[keys & (curves.phase == row.phase)]
-            style = dict(color=colours[row.model], linestyle=":" if row.phase == "pre" else "-")
-            draw(left, curve.steps_percent, curve, **style)
-            for axis, name in ((middle, "iqm"), (right, "probability_of_improvement")):
-                ends = [getattr(row, f"{name}_low"), getattr(row, f"{name}_high")]
-                axis.plot(ends, [y, y], linewidth=3, alpha=0.5, **style)
-                axis.plot(getattr(row, name), y, "o", color=colours[row.model])
-        for axis, x in ((middle, 1), (right, 0.5)):
-            axis.axvline(x, color="#999999", linewidth=0.8, zorder=0)
-            axis.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.5, -0.5))
-        left.axhline(1, color="#999999", linewidth=0.8, zorder=0)
-        left.set(title=exp_name, ylabel="mean normalised score")
-        left.set(xlabel="environment steps, % of the baseline's")
-        middle.set(xlabel="IQM of final normalised scores")
-        right.set(xlabel="P(ends above the baseline)", yticklabels=[], xlim=(-0.05, 1.05))
-        right.set(xticks=(0, 0.5, 1))
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def draw_returns(curves: pd.DataFrame, panels: list[str], file: Path) -> None:
+    """Learning curves; a panel for each value of the columns `panels`."""
+    few = curves.seeds < 3
+    low, high = curves.mean_low.mask(few, curves["min"]), curves.mean_high.mask(few, curves["max"])
+    labels = curves.model.astype(str)
+    if curves.exp_name.nunique() > 1:
+        labels = curves.exp_name + " " + labels
+    curves = curves.assign(mean_low=low, mean_high=high, label=labels)
+    curves = curves.sort_values(panels, kind="stable")
+    for name, table in curves.groupby(panels):
+        seeds = " to ".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
+        plural = "s" * (seeds != "1")
+        curves.loc[table.index, "panel"] = f"{' '.join(name).strip()} ({seeds} seed{plural})"
+    band = "band from seed to seed" if few.all() else "95% interval"
+    axes = ("step", "environment steps", "return per episode")
+    draw(curves, *axes, f"Mean over seeds, {band}", file)
 
 
-def cell(row: dict, name: str) -> str:
-    """A number of two decimals, with its interval if it has one."""
-    if not isinstance(row[name], float):
-        return str(row[name])
-    value, low, high = (round(row.get(name + end, np.nan), 2) + 0 for end in ("", "_low", "_high"))
-    return "–" if np.isnan(value) else f"{value:.2f}" + f" [{low:.2f}, {high:.2f}]" * (low <= high)
+def draw_summary(curves: pd.DataFrame, file: Path) -> None:
+    """Mean normalised scores; a panel for each experiment."""
+    same = dict(panel=curves.exp_name, env_id=curves.exp_name, label=curves.model)
+    curves = curves.assign(**same, min=curves["mean"], max=curves["mean"])
+    axes = ("steps_percent", "environment steps, % of the baseline's", "mean normalised score")
+    draw(curves, *axes, "Mean over environments, 95% interval", file)
 
 
-def save(table: pd.DataFrame, stem: Path) -> str:
-    """Write a table as CSV and as Markdown, and give the Markdown."""
+def save(table: pd.DataFrame, file: Path) -> None:
+    """Writes a table; prints it without its intervals if it is one of scores."""
     for column in {"step", "steps"} & set(table):
         table = table.assign(**{column: table[column].round().astype(int)})
     if "reached_at_percent" in table:
         share = table.reached_at_percent.round(4).astype(object)
         share[share.isna() & table.gain_percent.notna()] = "not reached"
         table = table.assign(reached_at_percent=share)
-    table.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.6g")
-    columns = [name for name in table if not name.endswith(("_low", "_high"))]
-    rows = [[cell(row, name) for name in columns] for row in table.to_dict("records")]
-    lines = [columns, ["---"] * len(columns), *rows]
-    markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    stem.with_suffix(".md").write_text(markdown)
-    return markdown
+    table.to_csv(file, index=False, float_format="%.6g")
+    if "gain_percent" in table:
+        table = table.drop(columns=[name for name in table if name.endswith(("_low", "_high"))])
+        print(table.round(2).to_string(index=False, na_rep=""))
 
 
 def main(args: Args) -> None:
-    runs, notes = read(args.paths)
-    runs, cuts = cut(runs)
-    runs, unscored = normalise(runs)
+    runs = normalise(cut(read(args.runs)))
     is_final = in_last_tenth(runs.time, runs.groupby(CURVE).time.transform("max"))
     finals = runs[is_final].groupby([*CURVE, "seed", "baseline"])[["return", "score"]].mean()
     finals = finals.reset_index()
@@ -409,41 +335,25 @@ def main(args: Args) -> None:
     curves = over_seeds(groups)
     curves.insert(0, "step", groups.step.mean())
     curves = curves.reset_index().drop(columns="time")
-    tables = {"final_scores": final_scores(runs, finals), "learning_curves": curves}
-    train_test = curves[(curves.split != "") & (curves.phase == "post")]
-    if len(train_test):
-        tables["train_test"] = train_test
     summary, summary_curves = summarise(runs, finals)
-    if len(summary):
-        tables |= {"summary_curves": summary_curves, "summary": summary}
 
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            markdown = save(table, out / name)
-        for exp_name, table in curves[curves.split != "train"].groupby("exp_name"):
-            file = out / f"learning_curves_{exp_name}.png"
-            draw_returns(table, ["env_id", "phase"], exp_name, file)
-        for (exp_name, env_id), table in train_test.groupby(ENV):
-            file = out / f"train_test_{exp_name}_{env_id}.png"
-            draw_returns(table, ["split"], f"{exp_name}, {env_id}", file)
-        if len(summary):
-            draw_summary(summary, summary_curves, out / "summary.png")
-            print(markdown)
-    except OSError as error:
-        stop(f"--out {out}: cannot write there: {error}")
-    for note in notes + cuts + unscored:
-        print(f"note: {note}", file=sys.stderr)
+    args.out.mkdir(parents=True, exist_ok=True)
+    save(curves, args.out / "learning_curves.csv")
+    save(final_scores(runs, finals), args.out / "final_scores.csv")
+    test = curves[curves.split != "train"]
+    draw_returns(test, ["env_id", "phase"], args.out / "learning_curves.png")
+    pairs = curves[(curves.split != "") & (curves.phase == "post")]
+    for env_id, pair in pairs.groupby("env_id"):
+        draw_returns(pair, ["env_id", "split"], args.out / f"train_test_{env_id}.png")
+    if len(summary):
+        save(summary, args.out / "summary.csv")
+        draw_summary(summary_curves, args.out / "summary.png")
 
 
 if __name__ == "__main__":
-    box = io.StringIO()  # tyro draws an error as a box of several lines
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
+    arguments = tyro.cli(Args, description=__doc__)
     try:
-        with contextlib.redirect_stderr(box):
-            arguments = tyro.cli(Args, description=__doc__)
-    except SystemExit as end:
-        if end.code:
-            stop(box.getvalue().split("╮\n")[-1].split("│ ──")[0].replace("│", " "))
-        raise
-    main(arguments)
+        main(arguments)
+    except OSError as error:
+        stop(f"--out {arguments.out}: cannot write there: {error}")

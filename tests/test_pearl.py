@@ -756,17 +756,9 @@ def test_pearl_finds_the_goal_after_adaptation(run_main, monkeypatch, model):
     assert gain_of_adaptation(run_main, monkeypatch, SCRIPT, model) > 6
 
 
-@pytest.mark.parametrize(
-    "right, wrong",
-    [
-        ("z, _ = infer(agent, context, z)", "pass"),  # z from the prior in place of the posterior
-        ("policy_reg * regularisation - y.mean()", "policy_reg * regularisation + y.mean()"),
-    ],
-    ids=["prior for posterior", "sign of the policy's loss"],
-)
-def test_broken_pearl_does_not(run_main, monkeypatch, tmp_path, right, wrong):
-    source = SCRIPT.read_text()
+def test_pearl_that_never_looks_at_its_context_does_not(run_main, monkeypatch, tmp_path):
+    source, right = SCRIPT.read_text(), "z, _ = infer(agent, context, z)"
     assert source.count(right) == 1
     broken = tmp_path / "pearl_hyper.py"
-    broken.write_text(source.replace(right, wrong))
+    broken.write_text(source.replace(right, "pass"))  # z stays a sample of the prior
     assert gain_of_adaptation(run_main, monkeypatch, broken, "mlp") < 3
