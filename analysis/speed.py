@@ -1,26 +1,31 @@
-"""Speed of the updates, as ratios measured side by side in one run.
+"""Speed of the four scripts on the CPU, one Markdown table a command.
 
-    python analysis/speed.py             # a table for TD3 and one for SAC, 10 minutes on 2 cores
-    python analysis/speed.py --loop      # environment steps a second against CleanRL's structure
-    python analysis/speed.py --memory    # peak memory of a full-size run with a full replay buffer
+    python analysis/speed.py td3           # milliseconds of an update; also sac and pearl
+    python analysis/speed.py maml          # seconds of an iteration, by phase
+    python analysis/speed.py sampling      # environment steps a second of MAML's batched tasks
+    python analysis/speed.py collection    # environment steps a second of PEARL
+    python analysis/speed.py cores         # two runs that share two cores (Linux)
 
-Every row interleaves three things and takes medians:
-- the update of the script (two in a row; of TD3's two, one has the delayed part);
-- the same update written plainly: default Adam, a loop over parameters for the targets, the
-  critic frozen after the forward pass (as published), default matmul precision;
-- the floor: the matrix products of the script's update alone, replayed into memory that is
-  already there, and one pass over parameters, gradients and Adam's moments.
+What is compared in a row takes turns, and medians are printed. "Plain" is an update as it is
+usually written: default Adam, a loop over parameters for the targets, the critics frozen after
+their forward pass (as published), the default arithmetic of matrix products and, in PEARL, weights
+of the policy for each transition in place of each task. The "floor" is the matrix products of our
+update alone, replayed into memory that is there already, and one pass of Adam over the critics.
 """
 
-import resource
-import runpy
-import statistics
+import os
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do
 
 import gymnasium as gym
 import numpy as np
@@ -29,34 +34,102 @@ import torch.nn.functional as F
 import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import sac_hyper  # noqa: E402
-import td3_hyper  # noqa: E402
-from hypernet import CRITICS  # noqa: E402
+import maml_hyper
+import pearl_hyper
+import sac_hyper
+import td3_hyper
+from hypernet import CRITICS, keep_freed_memory, tune
+from meta_envs import HORIZON, MetaVectorEnv, sample_goals
+from td3_hyper import stop
 
-
-@dataclass
-class Args:
-    """Print the speed tables."""
-
-    critics: tuple[str, ...] = CRITICS
-    """critics to measure"""
-    batch_sizes: tuple[int, ...] = (100, 256)
-    """batch sizes to measure"""
-    rounds: int = 15
-    """interleaved repetitions; medians are printed"""
-    env_id: str = "Hopper-v4"
-    """environment that gives the sizes of observation and action"""
-    loop: bool = False
-    """measure environment steps a second of the whole loop instead: mlp on HalfCheetah-v4"""
-    memory: bool = False
-    """measure peak memory instead: 1 million steps of Hopper-v4, nearly all of them random"""
+FWD_BACK, VEL = "HalfCheetahFwdBack-v0", "HalfCheetahVel-v0"
+HOPPER, CHEETAH = (11, 3), (20, 6)  # sizes of observation and action
+THREADS = torch.get_num_threads()
+FULL_SIZE = (256, 512, 1024)  # widths of the primary networks
+SLOW_AND_MLP = ("sa-hyper", "as-hyper", "mlp-large", "resnet35", "mlp")
+Counts = tuple[int, ...]
 
 
-def default_precision():
-    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+def print_row(*cells: object) -> None:
+    texts = (f"{cell:,.1f}" if isinstance(cell, float) else str(cell) for cell in cells)
+    print(f"| {' | '.join(texts)} |", flush=True)
+
+
+def print_head(rounds: int, title: str, *columns: str) -> None:
+    if rounds < 1:
+        raise ValueError(f"--rounds {rounds}: must be at least 1")
+    print(f"\n{title}; {THREADS} threads, PyTorch {torch.__version__}\n")
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
+
+
+def median_seconds(rounds: int, **functions: Callable[[], object]) -> dict[str, float]:
+    """Of functions that take turns, after one round to warm up; "plain" has default arithmetic."""
+    tuned, times = torch.backends.mkldnn.matmul.fp32_precision, {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            torch.backends.mkldnn.matmul.fp32_precision = "ieee" if name == "plain" else tuned
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    torch.backends.mkldnn.matmul.fp32_precision = tuned
+    return {name: np.median(seconds[1:]).item() for name, seconds in times.items()}
+
+
+def loop_over_targets(targets: list, online: list, tau: float) -> None:
+    for t, p in zip(targets, online):
+        t.data.copy_(tau * p.data + (1 - tau) * t.data)
+
+
+def plain_td3(agent, optimizers, batch, noise, args, delayed) -> None:
+    """TD3's update as it is usually written."""
+    td3_hyper.descend(td3_hyper.critic_loss(agent, batch, noise, args), optimizers["critic"])
+    if delayed:
+        loss = -agent.critics[0](batch[0], agent.actor(batch[0])).mean()
+        agent.critics.requires_grad_(False)
+        td3_hyper.descend(loss, optimizers["actor"])
+        agent.critics.requires_grad_(True)
+        loop_over_targets(agent.targets, agent.online, args.tau)
+
+
+def plain_sac(agent, optimizers, batch, noise, args) -> None:
+    """SAC's update as it is usually written."""
+    sac_hyper.descend(sac_hyper.critic_loss(agent, batch, noise[0], args), optimizers["critic"])
+    action, log_prob = agent.actor.sample(batch[0], noise[1])
+    q = torch.min(*(critic(batch[0], action) for critic in agent.critics))
+    agent.critics.requires_grad_(False)
+    loss = (agent.log_alpha.exp().detach() * log_prob - q).mean()
+    sac_hyper.descend(loss, optimizers["actor"])
+    agent.critics.requires_grad_(True)
+    loss = sac_hyper.alpha_loss(agent, log_prob.detach(), action.shape[-1])
+    sac_hyper.descend(loss, optimizers["alpha"])
+    loop_over_targets(agent.targets, agent.online, args.tau)
+
+
+def plain_pearl(agent, optimizers, batch, z_noise, noise, args) -> None:
+    """PEARL's update as it is usually written: B = T * N transitions, each with its z."""
+    z, kl = pearl_hyper.infer(agent, batch.context, z_noise)
+    loss = pearl_hyper.q_loss(agent, batch, z, args) + args.kl_weight * kl
+    pearl_hyper.descend(loss, optimizers["q"], optimizers["encoder"])
+    z = z.detach().repeat_interleave(batch.obs.shape[1], 0)  # (B, z)
+    obs, noise = batch.obs.flatten(0, 1), noise.flatten(0, 1)
+    output = agent.policy.net(*((z, obs) if args.model == "hyper" else (obs, z)))
+    mean, log_std = output.chunk(2, -1)
+    log_std = log_std.clamp(-20, 2)
+    u = mean + log_std.exp() * noise
+    q = torch.min(*(critic(obs, torch.tanh(u), z) for critic in agent.q))
+    agent.q.requires_grad_(False)
+    y = q - pearl_hyper.log_prob(u, noise, log_std)
+    pearl_hyper.descend(F.mse_loss(agent.v(obs, z), y.detach()), optimizers["v"])
+    regularisation = mean.square().mean() + log_std.square().mean()
+    pearl_hyper.descend(args.policy_reg * regularisation - y.mean(), optimizers["policy"])
+    agent.q.requires_grad_(True)
+    loop_over_targets(agent.target, agent.online, args.tau)
+
+
+PLAIN = {td3_hyper: plain_td3, sac_hyper: plain_sac, pearl_hyper: plain_pearl}
 
 
 class Products(TorchDispatchMode):
@@ -70,243 +143,259 @@ class Products(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         name = op.overloadpacket.__name__
         if name in ("mm", "addmm", "bmm", "baddbmm"):
+            a, b = (x.detach() for x in args[-2:])
             product = torch.bmm if "bmm" in name else torch.mm
-            a, b = (tensor.detach() for tensor in args[-2:])
-            self.calls.append((product, a, b, torch.empty_like(out).detach()))
+            self.calls.append(partial(product, a, b, out=torch.empty_like(out).detach()))
         return out
 
-    @torch.no_grad()
-    def replay(self):
-        for product, a, b, out in self.calls:
-            product(a, b, out=out)
 
-
-def plain_td3_update(agent, optimizers, batch, noise, args, delayed):
-    """TD3's update as it is usually written."""
-    critic_optimizer, actor_optimizer = optimizers.values()
-    obs, action, reward, next_obs, terminated = batch
-    with torch.no_grad():
-        epsilon = (noise * args.target_noise).clamp(-args.noise_clip, args.noise_clip)
-        next_action = agent.target_actor(next_obs) + epsilon * agent.actor.half_width
-        next_action = next_action.clamp(agent.actor.low, agent.actor.high)
-        q1, q2 = (critic(next_obs, next_action) for critic in agent.target_critics)
-        target = reward + (1 - terminated) * args.gamma * torch.min(q1, q2)
-    critic_loss = sum(F.mse_loss(critic(obs, action), target) for critic in agent.critics)
-    critic_optimizer.zero_grad()
-    critic_loss.backward()
-    critic_optimizer.step()
-    if delayed:
-        actor_loss = -agent.critics[0](obs, agent.actor(obs)).mean()
-        actor_optimizer.zero_grad()
-        for parameter in agent.critics.parameters():
-            parameter.requires_grad = False
-        actor_loss.backward()
-        for parameter in agent.critics.parameters():
-            parameter.requires_grad = True
-        actor_optimizer.step()
-        for online, target in (
-            (agent.actor, agent.target_actor),
-            (agent.critics, agent.target_critics),
-        ):
-            for p, t in zip(online.parameters(), target.parameters()):
-                t.data.copy_(args.tau * p.data + (1 - args.tau) * t.data)
-
-
-def plain_sac_update(agent, optimizers, batch, noise, args):
-    """SAC's update as it is usually written."""
-    obs, action, reward, next_obs, terminated = batch
-    alpha = agent.log_alpha.exp().detach()
-    with torch.no_grad():
-        next_action, log_prob = agent.actor.sample(next_obs, noise[0])
-        q1, q2 = (critic(next_obs, next_action) for critic in agent.target_critics)
-        next_value = torch.min(q1, q2) - alpha * log_prob
-        target = reward + (1 - terminated) * args.gamma * next_value
-    critic_loss = sum(F.mse_loss(critic(obs, action), target) for critic in agent.critics)
-    optimizers["critic_optimizer"].zero_grad()
-    critic_loss.backward()
-    optimizers["critic_optimizer"].step()
-    new_action, log_prob = agent.actor.sample(obs, noise[1])
-    q1, q2 = (critic(obs, new_action) for critic in agent.critics)
-    actor_loss = (alpha * log_prob - torch.min(q1, q2)).mean()
-    optimizers["actor_optimizer"].zero_grad()
-    for parameter in agent.critics.parameters():
-        parameter.requires_grad = False
-    actor_loss.backward()
-    for parameter in agent.critics.parameters():
-        parameter.requires_grad = True
-    optimizers["actor_optimizer"].step()
-    alpha_loss = -(agent.log_alpha.exp() * (log_prob.detach() - action.shape[1])).mean()
-    optimizers["alpha_optimizer"].zero_grad()
-    alpha_loss.backward()
-    optimizers["alpha_optimizer"].step()
-    for p, t in zip(agent.critics.parameters(), agent.target_critics.parameters()):
-        t.data.copy_(args.tau * p.data + (1 - args.tau) * t.data)
-
-
-def seconds_an_update(script, plain_update, critic: str, batch_size: int, env, rounds: int) -> dict:
-    """Median seconds of one update of a script (td3_hyper, sac_hyper): script, plain, floor."""
-    args = script.Args(critic=critic, batch_size=batch_size)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    rng = np.random.default_rng(0)
-    buffer = script.ReplayBuffer(obs_dim, action_dim, 10_000, "cpu")
-    buffer.data.normal_()
-    buffer.added = 10_000
-
-    def prepare(update, **adam):
-        torch.manual_seed(0)
-        agent = script.Agent(obs_dim, env.action_space, args)
-        optimizers = {
-            "critic_optimizer": torch.optim.Adam(agent.critics.parameters(), lr=5e-5, **adam),
-            "actor_optimizer": torch.optim.Adam(agent.actor.parameters(), lr=3e-4, **adam),
-        }
+def two_updates(script, run_args, plain: bool = False) -> tuple[Callable, dict]:
+    """A function that makes two (of TD3's, one has the actor's part), and the optimizers."""
+    torch.manual_seed(0)
+    shape, (obs_dim, action_dim) = (run_args.batch_size,), HOPPER  # (B,)
+    if script is pearl_hyper:
+        shape, (obs_dim, action_dim) = (run_args.meta_batch_size, *shape), CHEETAH  # (T, N)
+    obs, next_obs = torch.randn(2, *shape, obs_dim)
+    action, noise = torch.rand(*shape, action_dim) * 2 - 1, torch.randn(2, *shape, action_dim)
+    batch = (obs, action, torch.randn(shape), next_obs, torch.zeros(shape))
+    agent = script.Agent(obs_dim, action_dim, run_args)
+    if script is pearl_hyper:
+        optimizers = pearl_hyper.make_optimizers(agent, run_args)
+        context = torch.randn(shape[0], run_args.context_batch_size, obs_dim + action_dim + 1)
+        batch = pearl_hyper.Batch(*batch, context)
+        inputs = [(torch.randn(shape[0], run_args.latent_dim), noise[0], run_args)] * 2
+    else:
+        parts = {"critic": agent.critics.parameters(), "actor": agent.actor.parameters()}
+        inputs = [(noise[0], run_args, delayed) for delayed in (False, True)]
         if script is sac_hyper:
-            optimizers["alpha_optimizer"] = torch.optim.Adam([agent.log_alpha], lr=3e-4, **adam)
-
-        def two_updates():
-            for delayed in (False, True):
-                batch = buffer.sample(batch_size, rng)
-                shape = (2, batch_size, action_dim) if script is sac_hyper else batch[1].shape
-                noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-                extra = () if script is sac_hyper else (delayed,)
-                update(agent, optimizers, batch, noise, args, *extra)
-
-        return two_updates, optimizers["critic_optimizer"]
-
-    own, optimizer = prepare(script.update, fused=True)
-    plain, _ = prepare(plain_update)
-    script.fast_matmul()
-    own()
-    with Products() as products:
-        own()
-
-    def floor():
-        products.replay()
-        for _ in range(2):
-            optimizer.step()
-
-    times = {"script": [], "plain": [], "floor": []}
-    for i in range(rounds + 2):
-        for name, function in (("script", own), ("plain", plain), ("floor", floor)):
-            default_precision() if name == "plain" else script.fast_matmul()
-            start = time.perf_counter()
-            function()
-            if i >= 2:  # after warm-up
-                times[name].append((time.perf_counter() - start) / 2)
-    return {name: statistics.median(values) for name, values in times.items()}
+            parts["alpha"], inputs = [agent.log_alpha], [(noise, run_args)] * 2
+        optimizers = {name: torch.optim.Adam(p, 1e-4, fused=True) for name, p in parts.items()}
+    for adam in optimizers.values():
+        adam.param_groups[0]["fused"] = not plain
+    update = PLAIN[script] if plain else script.update
+    return lambda: [update(agent, optimizers, batch, *rest) for rest in inputs], optimizers
 
 
-def update_table(title: str, script, plain_update, args: Args) -> None:
-    env = gym.make(args.env_id)
-    print(f"\n{title}, sizes of {args.env_id}, {torch.get_num_threads()} threads, PyTorch", end=" ")
-    print(f"{torch.__version__}\n")
-    print(
-        "| critic | batch | updates a second | ms an update | times the plain one | of the floor |"
-    )
-    print("|---|---|---|---|---|---|", flush=True)
-    for critic in args.critics:
-        for batch_size in args.batch_sizes:
-            seconds = seconds_an_update(script, plain_update, critic, batch_size, env, args.rounds)
-            own, plain, floor = (seconds[name] for name in ("script", "plain", "floor"))
-            row = (critic, batch_size, f"{1 / own:.1f}", f"{own * 1e3:.1f}")
-            row += (f"{plain / own:.2f}", f"{own / floor:.2f}")
-            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+def print_updates(script, rows: list[dict], rounds: int, title: str, **sizes) -> None:
+    floor = ["floor"] if script is not pearl_hyper else []
+    title = f"Milliseconds of an update of {script.__name__}.py, {title}"
+    print_head(rounds, title, *rows[0], "plain", "ours", "bfloat16", *floor, "plain / ours")
+    for row in rows:
+        run_args = script.Args(device="cpu", **sizes, **row)
+        functions = {"plain": two_updates(script, run_args, plain=True)[0]}
+        functions["ours"], optimizers = two_updates(script, run_args)
+        functions["bfloat16"], _ = two_updates(script, replace(run_args, precision="bfloat16"))
+        if floor:
+            with Products() as products:
+                functions["ours"]()
+            calls = [*products.calls, *[optimizers["critic"].step] * 2]
+            functions["floor"] = torch.no_grad()(lambda calls=calls: [call() for call in calls])
+        ms = [500 * s for s in median_seconds(rounds, **functions).values()]
+        print_row(*row.values(), *ms, f"{ms[0] / ms[1]:.2f}")
 
 
-def cleanrl_loop(total_timesteps: int, env_id: str) -> None:
-    """TD3 with mlp critics in the structure of CleanRL's td3_continuous_action.py."""
-    args = td3_hyper.Args(critic="mlp")
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: gym.wrappers.RecordEpisodeStatistics(gym.make(env_id))]
-    )
-    envs.single_observation_space.dtype = np.float32
-    space = envs.single_action_space
-    obs_dim, action_dim = envs.single_observation_space.shape[0], space.shape[0]
-    torch.manual_seed(1)
-    rng = np.random.default_rng(1)
-    agent = td3_hyper.Agent(obs_dim, space, args)
-    optimizers = {
-        "critic_optimizer": torch.optim.Adam(agent.critics.parameters(), lr=3e-4),
-        "actor_optimizer": torch.optim.Adam(agent.actor.parameters(), lr=3e-4),
-    }
-    capacity = args.buffer_size
-    buffer = {
-        "obs": np.zeros((capacity, 1, obs_dim), dtype=np.float32),
-        "action": np.zeros((capacity, 1, action_dim), dtype=np.float32),
-        "reward": np.zeros((capacity, 1), dtype=np.float32),
-        "next_obs": np.zeros((capacity, 1, obs_dim), dtype=np.float32),
-        "terminated": np.zeros((capacity, 1), dtype=np.float32),
-    }
+def critics(
+    script,
+    critics: tuple[Literal[CRITICS], ...] = SLOW_AND_MLP,
+    batch_sizes: Counts = (100, 256),
+    primary_widths: Counts = FULL_SIZE,
+    rounds: int = 5,
+) -> None:
+    """Milliseconds of an update."""
+    rows = [{"critic": c, "batch_size": B} for c in critics for B in batch_sizes]
+    print_updates(script, rows, rounds, "sizes of Hopper", primary_widths=primary_widths)
+
+
+def pearl(num_goals: Counts = (16, 4), primary_widths: Counts = FULL_SIZE, rounds: int = 5) -> None:
+    """Milliseconds of an update."""
+    rows = [{"model": m, "meta_batch_size": T} for m in ("mlp", "hyper") for T in num_goals]
+    title, sizes = f"{VEL}, 256 transitions a goal", {"primary_widths": primary_widths}
+    print_updates(pearl_hyper, rows, rounds, title, env_id=VEL, **sizes)
+
+
+MAML_ROWS = {
+    "vanilla": {"model": "vanilla"},
+    "context": {"model": "context"},
+    "hyper": {},
+    "hyper, bfloat16": {"precision": "bfloat16"},
+    "hyper, first order": {"first_order": True},
+    "hyper, no adaptation": {"num_adapt_steps": 0},
+}
+PHASES = "sample inner_step meta_gradient fisher_product line_search evaluate".split()
+
+
+def maml(num_goals: Counts = (40,), primary_widths: Counts = FULL_SIZE, rounds: int = 5) -> None:
+    """Seconds of an iteration at a number of training goals, evaluated on half as many."""
+    seconds, starts = Counter(), []
+
+    def timed(phase: str, function: Callable, *inputs):
+        if starts:  # an inner step within the gradient counts as the gradient's
+            return function(*inputs)
+        starts.append(time.perf_counter())
+        result = function(*inputs)
+        seconds[phase] += time.perf_counter() - starts.pop()
+        return result
+
+    def iteration(policy, envs, test_envs, rng, run_args) -> list[float]:
+        seconds.clear()
+        start = time.perf_counter()
+        rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, envs, rng, run_args)
+        maml_hyper.evaluate(policy, test_envs, run_args)
+        post = maml_hyper.make_batch(rollouts[-1], run_args)
+        maml_hyper.update(policy, maml_hyper.Episodes(pre, steps, post), run_args)
+        return [*(seconds[phase] for phase in PHASES), time.perf_counter() - start]
+
+    keep_freed_memory()
+    title = f"Seconds of an iteration of maml_hyper.py, {FWD_BACK}, in its functions"
+    print_head(rounds, title, "model", "goals", *PHASES, "whole")
+    functions = {phase: partial(timed, phase, getattr(maml_hyper, phase)) for phase in PHASES}
+    for T in num_goals:
+        rng = np.random.default_rng(1)
+        goals = sample_goals(FWD_BACK, T, rng)
+        sizes = {"num_train_goals": T, "meta_batch_size": T, "primary_widths": primary_widths}
+        for name, options in MAML_ROWS.items():
+            run_args = maml_hyper.Args(device="cpu", **sizes, **options)
+            simulation = (run_args.episodes_per_goal, THREADS, run_args.horizon)
+            envs = MetaVectorEnv(FWD_BACK, goals, *simulation)
+            test_envs = MetaVectorEnv(FWD_BACK, goals[: (T + 1) // 2], *simulation)
+            inputs = (maml_hyper.Policy(*CHEETAH, run_args), envs, test_envs, rng, run_args)
+            with patch.multiple(maml_hyper, **functions):
+                phases = [iteration(*inputs) for _ in range(rounds + 1)]
+            print_row(name, T, *np.median(phases[1:], 0).tolist())
+
+
+@torch.inference_mode()
+def step_all(envs, policy: maml_hyper.Policy, num_tasks: int, num_steps: int) -> None:
+    """Steps `envs` with the policy's actions: goal-major slots, one forward pass for all."""
     obs, _ = envs.reset(seed=1)
-    for step in range(total_timesteps):
-        if step < args.learning_starts:
-            actions = np.array([space.sample()])
-        else:
-            with torch.no_grad():
-                actions = agent.actor(torch.Tensor(obs))
-                actions += torch.normal(0, agent.actor.half_width * args.exploration_noise)
-                actions = actions.numpy().clip(space.low, space.high)
-        next_obs, rewards, terminations, truncations, _ = envs.step(actions)
-        row = (obs, actions, rewards, next_obs, terminations)
-        for name, value in zip(buffer, row):
-            buffer[name][step] = value
-        obs = next_obs
-        if step >= args.learning_starts:
-            index = rng.integers(step + 1, size=args.batch_size)
-            batch = tuple(torch.as_tensor(array[index, 0]) for array in buffer.values())
-            noise = torch.randn_like(batch[1])
-            delayed = step % args.policy_frequency == 0
-            plain_td3_update(agent, optimizers, batch, noise, args, delayed)
+    for _ in range(num_steps):
+        batch = torch.as_tensor(obs, dtype=torch.float32).view(num_tasks, -1, obs.shape[-1])
+        action = policy(torch.ones(num_tasks, 1), batch)[0].numpy()
+        obs, *_ = envs.step(action.reshape(envs.num_envs, -1).clip(-1, 1))
 
 
-def script_loop(total_timesteps: int, env_id: str) -> None:
-    """The real script, from its first line to its last, one evaluation episode and files included,
-    which the other has not."""
-    with tempfile.TemporaryDirectory() as runs_dir:
-        sys.argv = ["td3_hyper.py", "--critic", "mlp", "--env-id", env_id, "--runs-dir", runs_dir]
-        sys.argv += ["--total-timesteps", str(total_timesteps), "--eval-every", "1000000000"]
-        sys.argv += ["--eval-episodes", "1"]
-        runpy.run_path(str(ROOT / "td3_hyper.py"), run_name="__main__")
+def sampling(num_goals: Counts = (5, 40, 100), rounds: int = 5) -> None:
+    """Environment steps a second of the batched tasks, 20 episodes a goal."""
+    columns = ("MetaVectorEnv", "SyncVectorEnv of 40", "AsyncVectorEnv of 2", "/ Sync", "/ Async")
+    title = "Environment steps a second with the actions of MAML's context policy"
+    print_head(rounds, title, "family", "simulations", *columns)
+    for env_id in (VEL, "AntVel-v0"):
+        make = [lambda env_id=env_id: gym.make(env_id, goal=1.0)]
+        sync, workers = gym.vector.SyncVectorEnv(make * 40), gym.vector.AsyncVectorEnv(make * 2)
+        dims = sync.single_observation_space.shape + sync.single_action_space.shape
+        policy = maml_hyper.Policy(*dims, maml_hyper.Args(model="context", device="cpu"))
+        for T in num_goals:
+            batched = MetaVectorEnv(env_id, [1.0] * T, 20, THREADS)
+            turns = [(batched, T, max(20, 20_000 // batched.num_envs))]
+            turns += [(sync, 2, 100), (workers, 2, 500)]  # environments, tasks, steps
+            functions = {
+                str(i): partial(step_all, e, policy, *n) for i, (e, *n) in enumerate(turns)
+            }
+            seconds = median_seconds(rounds, **functions).values()
+            rates = [n * e.num_envs / s for (e, _, n), s in zip(turns, seconds)]
+            numbers = (f"{rate:,.0f}" for rate in rates)
+            print_row(env_id, batched.num_envs, *numbers, rates[0] / rates[1], rates[0] / rates[2])
+            batched.close()
+        sync.close()
+        workers.close()
 
 
-def loop_table(rounds: int, total_timesteps: int = 5_000, env_id: str = "HalfCheetah-v4") -> None:
-    rates = {"script": [], "CleanRL's structure": []}
-    script_loop(1_100, env_id)  # what is imported at first use
-    for _ in range(rounds):
-        for name, loop in zip(rates, (script_loop, cleanrl_loop)):
-            if loop is cleanrl_loop:
-                default_precision()
-            start = time.perf_counter()
-            loop(total_timesteps, env_id)
-            rates[name].append(total_timesteps / (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    ratio = statistics.median(a / b for a, b in zip(*rates.values()))
-    print(f"\n{total_timesteps} steps of {env_id}, mlp, {torch.get_num_threads()} threads\n")
-    print("| | environment steps a second |\n|---|---|")
-    for name, rate in medians.items():
-        print(f"| {name} | {rate:.0f} |")
-    print(f"| ratio | {ratio:.2f} |")
+@torch.no_grad()
+def one_trajectory(policy: pearl_hyper.Policy, env: gym.Env, deterministic: bool) -> None:
+    """z and the state go through the networks at every step."""
+    z, done, (obs, _) = torch.randn(1, 5), False, env.reset(seed=0)
+    while not done:
+        obs = torch.as_tensor(obs, dtype=torch.float32).view(1, 1, -1)
+        mean, log_std = policy.dynamic(policy.generate(z), obs)
+        u = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
+        obs, _, terminated, truncated, _ = env.step(torch.tanh(u).flatten().numpy())
+        done = terminated or truncated
 
 
-def peak_memory(total_timesteps: int = 1_000_000) -> None:
-    """A run with sa-hyper that learns in its last 100 steps, with the buffer full, and saves."""
-    with tempfile.TemporaryDirectory() as runs_dir:
-        command = [sys.executable, str(ROOT / "td3_hyper.py"), "--runs-dir", runs_dir]
-        command += ["--total-timesteps", str(total_timesteps), "--eval-every", str(total_timesteps)]
-        command += ["--learning-starts", str(total_timesteps - 100), "--checkpoint-every", "250000"]
-        subprocess.run(command, check=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
-    print(f"peak memory of {total_timesteps} steps of Hopper-v4 with sa-hyper: {peak:.2f} GiB")
+def collect(agent: pearl_hyper.Agent, envs: MetaVectorEnv, run_args: pearl_hyper.Args) -> None:
+    """The data of an iteration, into empty buffers."""
+    tasks = pearl_hyper.make_tasks(envs.goals, *CHEETAH, run_args)
+    inputs, rng = (agent, envs, tasks, np.arange(len(envs.goals))), np.random.default_rng(0)
+    pearl_hyper.collect(*inputs, run_args.num_prior_steps, rng, run_args, posterior=False)
+    pearl_hyper.collect(*inputs, run_args.num_posterior_steps, rng, run_args, posterior=True)
 
 
-def main(args: Args) -> None:
-    if args.memory:
-        return peak_memory()
-    gym.logger.min_level = gym.logger.ERROR
-    if args.loop:
-        return loop_table(rounds=min(args.rounds, 5))
-    update_table("TD3", td3_hyper, plain_td3_update, args)
-    update_table("SAC", sac_hyper, plain_sac_update, args)
+def collection(
+    num_goals: Counts = (60,), primary_widths: Counts = FULL_SIZE, rounds: int = 5
+) -> None:
+    """Environment steps a second of PEARL's collection, in 5 tasks, and of its evaluation."""
+    columns = ("model", "what", "side by side", "one trajectory at a time", "times")
+    print_head(rounds, f"Environment steps a second of pearl_hyper.py, {VEL}", *columns)
+    env, evaluate = gym.make(VEL, goal=1.0), pearl_hyper.evaluate
+    for T in num_goals:
+        goals = sample_goals(VEL, T, np.random.default_rng(0))
+        envs = MetaVectorEnv(VEL, np.resize(goals, 5), 3, THREADS)
+        eval_envs = MetaVectorEnv(VEL, goals, 1, THREADS)
+        for model in ("mlp", "hyper"):
+            sizes = {"env_id": VEL, "primary_widths": primary_widths}
+            run_args = pearl_hyper.Args(model=model, device="cpu", **sizes)
+            agent = pearl_hyper.Agent(*CHEETAH, run_args)
+            for what, steps, function, slots in (
+                ("collection, 5 goals", 5 * 1_000, collect, envs),
+                (f"evaluation, {T} goals", 3 * HORIZON * T, evaluate, eval_envs),
+            ):
+                ours = partial(function, agent, slots, run_args)
+                alone = partial(one_trajectory, agent.policy, env, function is evaluate)
+                seconds = median_seconds(rounds, ours=ours, alone=alone)
+                rates = steps / seconds["ours"], HORIZON / seconds["alone"]
+                print_row(model, what, *(f"{rate:,.0f}" for rate in rates), rates[0] / rates[1])
+
+
+def one_of_two_runs(seconds: float, primary_widths: tuple[int, ...]) -> None:
+    """Prints the mean milliseconds of an update of TD3, once a line on stdin says to start."""
+    tune("cpu", "float32")
+    run_args = td3_hyper.Args(critic="sa-hyper", primary_widths=primary_widths, device="cpu")
+    updates, _ = two_updates(td3_hyper, run_args)
+    updates()
+    print("ready", flush=True)
+    input()
+    start, number = time.perf_counter(), 0
+    while time.perf_counter() < start + seconds:
+        updates()
+        number += 2
+    print(1e3 * (time.perf_counter() - start) / number)
+
+
+VARIABLES = ({}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_NUM_THREADS": "1"})
+
+
+def cores(primary_widths: Counts = FULL_SIZE, rounds: int = 5) -> None:
+    """Milliseconds of an update of TD3 alone and of two at once, mean of --rounds seconds."""
+    two = sorted(os.sched_getaffinity(0))[:2]
+    # OpenMP reads its variables when torch is imported, here before speed.py sets one
+    code = f"import os; os.sched_setaffinity(0, {two}); import torch, speed; "
+    code += f"speed.one_of_two_runs({rounds}, {primary_widths})"
+    title = "Milliseconds of an update of td3_hyper.py, sa-hyper, batch 100, on two cores"
+    print_head(rounds, title, "environment variable", "alone", "two at once", "")
+    unset = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
+    for variable in VARIABLES:
+        cells = []
+        for number in (1, 2):
+            start = partial(subprocess.Popen, [sys.executable, "-c", code], text=True)
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            options = {"cwd": Path(__file__).parent, "env": unset | variable, **pipes}
+            runs = [start(**options) for _ in range(number)]
+            for run in runs:
+                run.stdout.readline()
+            for run in runs:
+                run.stdin.write("\n")
+                run.stdin.flush()
+            cells += [float(run.communicate()[0]) for run in runs]
+        print_row(*(map("=".join, variable.items()) if variable else ["none"]), *cells)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    gym.logger.min_level = gym.logger.ERROR
+    tune("cpu", "float32")
+    updates = {"td3": partial(critics, td3_hyper), "sac": partial(critics, sac_hyper)}
+    tables = [pearl, maml, sampling, collection, cores]
+    commands = updates | {table.__name__: table for table in tables}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except ValueError as error:
+        stop(str(error))

@@ -35,13 +35,8 @@ Q, R, K = np.diag([1.0, 2.0, 0.5, 1.0]), 0.1 * np.eye(3), 0.3 * B.T
 M = A - B @ K  # s' = M s under the policy
 
 
-def solve(transition: np.ndarray, constant: np.ndarray) -> np.ndarray:
-    """X with X = constant + transitionᵀ X transition."""
-    kron = np.kron(transition.T, transition.T)
-    return np.linalg.solve(np.eye(16) - kron, constant.ravel()).reshape(4, 4)
-
-
-P = solve(GAMMA**0.5 * M, Q + K.T @ R @ K)  # V(s) = -sᵀ P s
+kron = np.kron((GAMMA**0.5 * M).T, (GAMMA**0.5 * M).T)
+P = np.linalg.solve(np.eye(16) - kron, (Q + K.T @ R @ K).ravel()).reshape(4, 4)  # V(s) = -sᵀ P s
 
 
 class Regulator:
@@ -73,13 +68,13 @@ def value(obs):
     return -np.einsum("ni,ij,nj->n", obs, P, obs)
 
 
-def held_q(s, action, hold=1, gamma=GAMMA):
+def held_q(s, action, hold=1):
     """Closed form of Σ_{k<hold} γ^k r(s_k, a) + γ^hold V(s_hold); Q(s, a) for hold=1."""
     total = 0.0
     for k in range(hold):
-        total -= gamma**k * (s @ Q @ s + action @ R @ action)
+        total -= GAMMA**k * (s @ Q @ s + action @ R @ action)
         s = A @ s + B @ action
-    return total - gamma**hold * (s @ P @ s)
+    return total - GAMMA**hold * (s @ P @ s)
 
 
 def gradient(s, action, hold=1):
@@ -108,12 +103,9 @@ def regulator_estimates(hold=1, noise=0.0):
     return states, np.array(estimates), np.array(all_returns)
 
 
-def mean_similarity(a, b) -> float:
-    return np.mean([ga.cosine_similarity(x, y) for x, y in zip(a, b)])
-
-
-def gradients(states, hold=1):
-    return [gradient(s, policy(s), hold) for s in states]
+def mean_similarity(states, estimates, hold=1) -> float:
+    true = [gradient(s, policy(s), hold) for s in states]
+    return np.mean([ga.cosine_similarity(x, y) for x, y in zip(estimates, true)])
 
 
 def test_the_regulators_closed_form_is_right():
@@ -126,36 +118,28 @@ def test_the_regulators_closed_form_is_right():
 @pytest.mark.parametrize("hold", [1, 3])
 def test_without_noise_the_estimate_is_the_regulators_gradient(hold):
     states, estimates, _ = regulator_estimates(hold)
-    assert mean_similarity(estimates, gradients(states, hold)) > 0.99
-    norms = np.linalg.norm(estimates, axis=1), np.linalg.norm(gradients(states, hold), axis=1)
-    assert 0.9 < np.median(norms[0] / norms[1]) < 1.1
-
-
-def test_holding_the_action_fits_something_close_to_the_gradient_of_q_but_not_that():
-    states, estimates, _ = regulator_estimates(hold=3)
-    assert 0.9 < mean_similarity(estimates, gradients(states)) < 0.98
+    assert mean_similarity(states, estimates, hold) > 0.99
+    true = [gradient(s, policy(s), hold) for s in states]
+    norms = np.linalg.norm(estimates, axis=1) / np.linalg.norm(true, axis=1)
+    assert 0.9 < np.median(norms) < 1.1
+    if hold == 3:  # what is fitted is close to the gradient of Q, but not that
+        assert 0.9 < mean_similarity(states, estimates) < 0.98
 
 
 def test_with_moderate_noise_the_estimate_is_close():
     """Noise in the dynamics that gives the returns half the spread that the actions give them."""
     _, _, clean = regulator_estimates()
     states, estimates, noisy = regulator_estimates(noise=0.03)
-    spread = np.median((noisy - clean).std(1) / clean.std(1))
-    assert 0.4 < spread < 0.8
-    assert 0.9 < mean_similarity(estimates, gradients(states)) < 0.99
+    assert 0.4 < np.median((noisy - clean).std(1) / clean.std(1)) < 0.8
+    assert 0.9 < mean_similarity(states, estimates) < 0.99
 
 
-def test_an_offset_of_the_returns_or_of_the_actions_does_not_move_the_slope():
+def test_an_offset_does_not_move_the_slope_and_equal_returns_have_none():
     rng = np.random.default_rng(0)
     actions, slope = 3 + rng.standard_normal((15, 3)), np.array([1.0, -2.0, 0.5])
     np.testing.assert_allclose(ga.estimate_gradient(actions, actions @ slope + 1e4), slope)
-
-
-def test_returns_that_are_all_the_same_have_no_gradient():
-    actions = np.random.default_rng(0).standard_normal((15, 3))
     estimate = ga.estimate_gradient(actions, np.full(15, 0.1 + 0.2))
-    assert (estimate == 0).all()
-    assert np.isnan(ga.cosine_similarity(estimate, np.ones(3)))
+    assert (estimate == 0).all() and np.isnan(ga.cosine_similarity(estimate, slope))
 
 
 @pytest.mark.parametrize("hold", [1, 3])
@@ -196,22 +180,16 @@ def test_states_are_drawn_from_the_policys_own_distribution(episode):
     assert np.linalg.norm(others.T @ others / 1500 - expected) > 0.2 * np.linalg.norm(expected)
 
 
-@pytest.fixture
-def pair():
+def make_pair(env_id):
     """Two environments whose time is up after 40 steps, 20 and 3 random steps from a reset."""
-
-    def make(env_id):
-        rng, envs = np.random.default_rng(0), []
-        for steps in (20, 3):
-            args = td3_hyper.Args(env_id=env_id, env_kwargs={"max_episode_steps": 40})
-            env = td3_hyper.make_env(args)
-            env.reset(seed=steps)
-            for _ in range(steps):
-                env.step(rng.uniform(-1, 1, env.action_space.shape).astype(np.float32))
-            envs.append(env)
-        return envs
-
-    return make
+    rng = np.random.default_rng(0)
+    args = td3_hyper.Args(env_id=env_id, env_kwargs={"max_episode_steps": 40})
+    envs = td3_hyper.make_env(args), td3_hyper.make_env(args)
+    for env, steps in zip(envs, (20, 3)):
+        env.reset(seed=steps)
+        for _ in range(steps):
+            env.step(rng.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+    return envs
 
 
 def assert_alike(a, b, steps: int) -> None:
@@ -226,19 +204,19 @@ def assert_alike(a, b, steps: int) -> None:
 @pytest.mark.parametrize(
     "env_id", ["Hopper-v4", "Hopper-v5", "Walker2d-v4", "Ant-v4", "HalfCheetah-v4"]
 )
-def test_a_copied_state_steps_like_the_original_bit_for_bit(env_id, pair):
-    source, target = pair(env_id)
+def test_a_copied_state_steps_like_the_original_bit_for_bit(env_id):
+    source, target = make_pair(env_id)
     ga.copy_state(source, [target])
     assert_alike(source, target, 20)
 
 
-def test_the_check_of_a_copy_leaves_the_original_in_its_state(pair):
-    (source, target), (reference, spare) = pair("Ant-v4"), pair("Ant-v4")
+def test_the_check_of_a_copy_leaves_the_original_in_its_state():
+    (source, target), (reference, spare) = make_pair("Ant-v4"), make_pair("Ant-v4")
     ga.check_copy(source, target, spare, np.zeros(8, np.float32))
     assert_alike(reference, source, 20)
 
 
-def test_a_state_that_is_not_copied_whole_is_noticed(pair, monkeypatch, capsys):
+def test_a_state_that_is_not_copied_whole_is_noticed(monkeypatch, capsys):
     """Positions and velocities, what Gymnasium's set_state sets, are not enough."""
 
     def copy_data(target, model, source):
@@ -246,16 +224,16 @@ def test_a_state_that_is_not_copied_whole_is_noticed(pair, monkeypatch, capsys):
         mujoco.mj_forward(model, target)
 
     monkeypatch.setattr(mujoco, "mj_copyData", copy_data)
-    source, target = pair("Ant-v4")
+    source, target = make_pair("Ant-v4")
     with pytest.raises(SystemExit, match="2"):
         ga.check_copy(source, target, target, np.zeros(8, np.float32))
     assert "does not step alike" in capsys.readouterr().err
 
 
-def make_agent(action=None, script=td3_hyper, **arguments) -> tuple:
+def make_agent(action=None, **arguments) -> tuple:
     """A small agent for Hopper and its arguments; its action may be the same in every state."""
-    args = script.Args(**{"critic": "mlp-small", "device": "cpu"} | arguments)
-    agent = script.Agent(11, 3, args)
+    args = td3_hyper.Args(critic="mlp-small", device="cpu", **arguments)
+    agent = td3_hyper.Agent(11, 3, args)
     if action is not None:
         agent.actor.output.weight.data.zero_()
         agent.actor.output.bias.data[:] = torch.atanh(torch.tensor(action))
@@ -263,31 +241,25 @@ def make_agent(action=None, script=td3_hyper, **arguments) -> tuple:
 
 
 class Paraboloid(torch.nn.Module):
-    """Q(s, a) = offset - |a - peak|²"""
+    """Q(s, a) = -|a - peak|²"""
 
-    def __init__(self, peak: float, offset: float = 0.0):
+    def __init__(self, peak: float):
         super().__init__()
-        self.peak, self.offset = peak, offset
+        self.peak = peak
 
     def forward(self, obs, action):
-        return self.offset - (action - self.peak).square().sum(-1)
+        return -(action - self.peak).square().sum(-1)
 
 
-def test_the_first_critics_gradient_is_taken_at_the_policys_action():
+def test_critic_gradient_and_bootstrap_are_taken_at_the_policys_action():
+    """The gradient of the first critic, and the lower target critic."""
     agent, args = make_agent()
-    agent.critics = torch.nn.ModuleList([Paraboloid(2.0), Paraboloid(-2.0)])
-    obs = np.random.default_rng(0).standard_normal((5, 11), dtype=np.float32)
-    expected = 2 * (2 - td3_hyper.act(agent.actor, obs, "cpu"))
-    np.testing.assert_allclose(ga.critic_gradient(agent, args, obs), expected, rtol=1e-5)
-
-
-def test_the_bootstrap_is_the_lower_target_critic_at_the_policys_action():
-    agent, args = make_agent()
-    for critics, offset in ((agent.critics, 99.0), (agent.target_critics, 0.0)):
-        critics[0], critics[1] = Paraboloid(0.2, offset), Paraboloid(-0.2, offset)
+    agent.critics[0], agent.critics[1] = Paraboloid(2.0), Paraboloid(-2.0)
+    agent.target_critics[0], agent.target_critics[1] = Paraboloid(0.2), Paraboloid(-0.2)
     torch.nn.init.zeros_(agent.target_actor.output.weight)
     obs = np.random.default_rng(0).standard_normal((50, 11), dtype=np.float32) * 9
     a = td3_hyper.act(agent.actor, obs, "cpu")
+    np.testing.assert_allclose(ga.critic_gradient(agent, args, obs), 2 * (2 - a), rtol=1e-5)
     expected = np.minimum(-((a - 0.2) ** 2).sum(1), -((a + 0.2) ** 2).sum(1))
     np.testing.assert_allclose(ga.target_value(agent, args, obs), expected, rtol=1e-5)
 
@@ -435,9 +407,7 @@ def test_it_goes_on_where_it_stopped_and_ends_like_one_that_never_stopped(run_ma
 def test_a_table_of_other_settings_is_refused_and_left_alone(run_main):
     assert run_main(SCRIPT, make_run(RUN), *SMALL).code == 0
     before = files(Path("out"))
-    for option in ("--num-states", "--num-actions", "--hold"):
-        name = option.removeprefix("--").replace("-", "_")
-        assert_refused(run_main(SCRIPT, RUN, *SMALL, option, 7), f"another {name} than 7")
+    assert_refused(run_main(SCRIPT, RUN, *SMALL, "--hold", 7), "another hold than 7")
     assert_refused(run_main(SCRIPT, RUN, *SMALL, "--repeat"), "another repeat than True")
     other = make_run(Path("runs/other/Hopper-v4/mlp-small/seed1"), exp_name="other")
     assert_refused(run_main(SCRIPT, other, *SMALL), "another exp_name than other")
@@ -448,17 +418,14 @@ def test_a_table_of_other_settings_is_refused_and_left_alone(run_main):
 
 def test_each_option_changes_what_is_measured_and_so_does_the_runs_discount(run_main):
     make_run(RUN)
-    options = [(), ("--num-states", 3), ("--num-actions", 7), ("--hold", 1)]
-    tables = []
-    for i, option in enumerate(options):
-        assert run_main(SCRIPT, RUN, *SMALL[:-1], i, *option).code == 0
+    half, tables = make_run(Path("half"), gamma=0.5), []
+    options = [(RUN,), (RUN, "--num-states", 3), (RUN, "--num-actions", 7), (RUN, "--hold", 1)]
+    for i, option in enumerate([*options, (half,)]):
+        assert run_main(SCRIPT, *SMALL[:-1], i, *option).code == 0
         tables.append(pd.read_csv(Path(str(i), TABLE.name)))
-    assert [len(table) for table in tables] == [2, 3, 2, 2]
-    assert len({tables[i].norm_true[0] for i in (0, 2, 3)}) == 3
-    assert run_main(SCRIPT, make_run(Path("half"), gamma=0.5), *SMALL[:-1], "discount").code == 0
-    other = pd.read_csv(Path("discount", TABLE.name))
-    assert (other.norm_critic == tables[0].norm_critic).all()
-    assert (other.norm_true != tables[0].norm_true).all()
+    assert [len(table) for table in tables] == [2, 3, 2, 2, 2]
+    assert len({tables[i].norm_true[1] for i in (0, 2, 3, 4)}) == 4
+    assert (tables[4].norm_critic == tables[0].norm_critic).all()
 
 
 @pytest.mark.parametrize("script", [td3_hyper, sac_hyper])
@@ -492,31 +459,20 @@ def test_bad_use_ends_with_a_message_and_writes_no_table(run_main):
     make_run(Path("experiments/b"), exp_name="other", seed=2)
     make_run(Path("toy"), env_id="toy_envs:Truncating-v0")
     make_run(Path("endless"), env_kwargs={"max_episode_steps": -1})
-    make_run(Path("humanoid"), env_id="Humanoid-v4")
     (make_run(Path("unsaved")) / "step_0.pt").unlink()
-    make_run(Path("damaged"))
-    Path("damaged/step_0.pt").write_bytes(b"PK")
-    for name, old, new in (("gone", "Hopper-v4", "Hopper-v2"), ("networks", "mlp-small", "mlp")):
-        config = make_run(Path(name)) / "config.json"
-        config.write_text(config.read_text().replace(old, new))
-    maml = json.dumps({"args": dataclasses.asdict(maml_hyper.Args())})
-    for name, content in (("maml", maml), ("broken", "{")):
-        (make_run(Path(name)) / "config.json").write_text(content)
+    Path(make_run(Path("damaged")), "step_0.pt").write_bytes(b"PK")
+    args = dataclasses.asdict(maml_hyper.Args(device="cpu"))
+    (make_run(Path("maml")) / "config.json").write_text(json.dumps({"args": args}))
     for args, *words in [
         ("", "run directories"),
-        ("nowhere", "nowhere", "config.json"),
+        ("good nowhere", "nowhere", "config.json"),
         ("maml", "maml/config.json", "td3_hyper.py or sac_hyper.py"),
-        ("broken", "broken/config.json"),
         ("unsaved", "unsaved", "--save-every"),
         ("toy", "toy_envs:Truncating-v0", "MuJoCo"),
         ("endless", "no time limit"),
-        ("gone", "Hopper-v2"),
-        ("humanoid", "--num-actions", "at least 19", "17"),
         ("copies", "copies/a", "copies/b", "are both"),
         ("experiments", "other and td3_hyper: give"),
         ("damaged", "damaged/step_0.pt does not hold the networks"),
-        ("networks", "networks/step_0.pt does not hold the networks"),
-        ("good nowhere", "nowhere"),
         ("good --num-states 0", "at least 1"),
         ("good --num-actions 4", "--num-actions", "at least 5"),
         ("good --out /dev/null/out", "/dev/null/out", "another --out"),

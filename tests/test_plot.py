@@ -163,16 +163,6 @@ def test_other_lengths_and_unfinished_runs_are_cut_and_said(td3, run_main):
     assert np.isnan(summary.mean_low)
 
 
-def test_runs_evaluated_at_other_steps_are_compared_at_common_ones(td3, run_main):
-    write_td3(td3 / "td3_hyper/Hard-v0/d2rl/seed1", (-10, 0, 5, 8, 50), (0, 5, 10, 15, 20))
-    write_td3(td3 / "td3_hyper/Hard-v0/d2rl/seed2", (-10, 0, 5, 8, 50), (0, 5, 10, 15, 20))
-    finished = run_main(SCRIPT, td3, "--out", "out")
-    assert "cut to the evaluations that all runs have, 3 up to 20" in finished.err
-    assert list(table("learning_curves", "model").loc["d2rl"].step) == [0, 10, 20]
-    summary = table("summary", "model").loc["d2rl"]  # compared with the baseline's Hard-v0 alone
-    assert summary.environments == 1
-
-
 def test_environment_without_a_baseline_that_learns_is_not_normalised(td3, run_main):
     write_td3(td3 / "td3_hyper/Flat-v0/mlp/seed1", (5, 9, 4))
     write_td3(td3 / "td3_hyper/Flat-v0/sa-hyper/seed1", (5, 9, 9))
@@ -181,9 +171,8 @@ def test_environment_without_a_baseline_that_learns_is_not_normalised(td3, run_m
     assert "td3_hyper/Flat-v0: no mlp that learned, no normalised scores" in finished.err
     assert "other/New-v0: no baseline that learned, no normalised scores" in finished.err
     final = table("final_scores", "env_id", "model")
-    assert final["mean"]["New-v0", "sa-hyper"] == 9 and final["mean"]["Flat-v0", "mlp"] == 4
-    assert final.loc[["Flat-v0", "New-v0"], ["normalised", "gain_percent"]].isna().all(axis=None)
-    assert final.loc[["Flat-v0", "New-v0"], "reached_at_percent"].isna().all()
+    scores = final.loc[["Flat-v0", "New-v0"], ["normalised", "gain_percent", "reached_at_percent"]]
+    assert scores.isna().all(axis=None) and final["mean"]["New-v0", "sa-hyper"] == 9
     assert list(table("summary", "model").gain_percent) == pytest.approx([0, 37.5])
     finished = run_main(SCRIPT, td3 / "other", "--out", "alone")
     assert finished.code == 0 and not Path("alone/summary.csv").exists()
@@ -297,14 +286,6 @@ def test_the_eight_critics_have_eight_colours():
     assert len({tuple(style.values()) for style in styles}) == 16
 
 
-def test_same_tables_twice(td3, run_main):
-    run_main(SCRIPT, td3, "--out", "out")
-    run_main(SCRIPT, *td3.glob("*/*"), td3 / "td3_hyper/Easy-v0", "--out", "again")
-    files = sorted(Path("out").glob("*.csv"))
-    assert len(files) == 3
-    assert all(file.read_bytes() == Path("again", file.name).read_bytes() for file in files)
-
-
 RESULTS = ROOT / "results"
 
 
@@ -321,12 +302,8 @@ BAD = {
     "no paths": ("", None, "run directories"),
     "no such folder": ("nowhere", None, "nowhere: no eval.csv"),
     "no runs": ("empty", None, "no eval.csv"),
-    "unknown option": ("runs --in x", None, "--in"),
     "empty file": ("runs", "", "eval.csv"),
-    "header alone": ("runs", HEADER, "no evaluation"),
     "other columns": ("runs", "a,b\n1,2\n", "columns"),
-    "text": ("runs", f"{HEADER}0,0,x,1\n", "x"),
-    "torn": ("runs", f"{HEADER}0,0,1,1\n10,0\n", "missing"),
     "cut": ("runs", f"{HEADER}0,0,1,1\n10,0,5.9", "cut"),
     "nan": ("runs", f"{HEADER}0,0,nan,1\n", "not finite"),
     "twice": ("runs copy", None, "same run"),

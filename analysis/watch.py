@@ -1,0 +1,223 @@
+"""Plays episodes with the networks of a run of any of the four scripts, and prints their returns.
+
+    python analysis/watch.py runs/td3_hyper/Hopper-v4/sa-hyper/seed1
+    python analysis/watch.py RUN_DIR --video agent.mp4      # or agent.gif; no display is needed
+    python analysis/watch.py RUN_DIR --goal 1.5 --human     # a window; meta-RL: another task
+
+Actions are deterministic. TD3 and SAC start as in their evaluation, so that the returns are those
+of eval.csv. MAML's policy plays without adaptation, or with --adapt after the run's inner steps,
+each on the run's number of episodes. PEARL plays as in its evaluation: before each episode, two
+trajectories with z from the prior gather the context of the z that is watched; the oracle's z is
+the goal.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import glfw
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import maml_hyper
+import pearl_hyper
+import sac_hyper
+import td3_hyper
+from hypernet import tune
+from meta_envs import MetaVectorEnv, sample_goals
+from td3_hyper import stop
+
+META = (maml_hyper, pearl_hyper)
+
+
+@dataclass
+class Args:
+    """Plays episodes with the networks of a run."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """the directory with the run's config.json"""
+    step: int | None = None
+    """plays the networks of step_STEP.pt; None means the last one there is"""
+    episodes: int = 3
+    """number of episodes"""
+    goal: float | None = None
+    """MAML, PEARL: the task; None means the run's first test goal"""
+    adapt: bool = False
+    """MAML: adapt the policy to the goal first"""
+    video: Path | None = None
+    """film the episodes, FILE.mp4 or FILE.gif, at most 30 frames a second"""
+    width: int | None = None
+    """width of the video in pixels; None means as the environment draws it"""
+    human: bool = False
+    """show the episodes in a window"""
+
+    def __post_init__(self):
+        if self.episodes < 1 or (self.width is not None and self.width < 16):
+            raise ValueError("--episodes must be at least 1 and --width at least 16")
+        if self.video and self.video.suffix not in (".mp4", ".gif"):
+            raise ValueError(f"--video {self.video}: must end with .mp4 or .gif")
+        if self.video and self.human:
+            raise ValueError("--video and --human exclude each other")
+
+
+def find_run(args: Args):
+    """The script of the run, its arguments, and the file of the networks."""
+    config = args.run_dir / "config.json"
+    if not config.exists():
+        stop(f"{args.run_dir} is not the directory of a run: it has no config.json")
+    try:
+        saved = json.loads(config.read_text())["args"]
+        scripts = (td3_hyper, sac_hyper, *META)
+        (script,) = (s for s in scripts if {f.name for f in fields(s.Args)} == set(saved))
+        run_args = script.Args(**saved | {"device": "cpu", "track": False})
+    except (ValueError, KeyError, TypeError):
+        stop(f"{config} does not hold the arguments of a run of one of the four scripts")
+    steps = sorted(int(file.stem.removeprefix("step_")) for file in args.run_dir.glob("step_*.pt"))
+    if not steps:
+        stop(f"{args.run_dir} has no step_N.pt yet: wait for its end or train with --save-every")
+    if args.step not in (None, *steps):
+        stop(
+            f"{args.run_dir} has no step_{args.step}.pt, only those of {', '.join(map(str, steps))}"
+        )
+    step = steps[-1] if args.step is None else args.step
+    return script, run_args, args.run_dir / f"step_{step}.pt"
+
+
+def first_test_goal(run_args) -> float:
+    """As the run drew it."""
+    rng = np.random.default_rng(run_args.seed)
+    sample_goals(run_args.env_id, run_args.num_train_goals, rng, "train")
+    return sample_goals(run_args.env_id, run_args.num_test_goals, rng, "test")[0]
+
+
+def maml_policy(policy: nn.Module, goal: float, adapt: bool, run_args) -> Callable:
+    """obs (obs,) -> the policy's mean action (action,)"""
+    steps, context = [], torch.tensor([[goal]], dtype=torch.float32)
+    if adapt:
+        rng, episodes = np.random.default_rng(run_args.seed + 100), run_args.episodes_per_goal
+        envs = MetaVectorEnv(run_args.env_id, [goal], episodes, horizon=run_args.horizon)
+        _, _, steps = maml_hyper.adapt_and_sample(policy, envs, rng, run_args)
+
+    def act(obs: Tensor) -> Tensor:
+        with maml_hyper.adapted(policy, steps):
+            return policy(context, obs[None, None]).mean[0, 0].clamp(-1, 1)
+
+    return act
+
+
+def pearl_policy(agent: nn.Module, goal: float, rng: np.random.Generator, run_args) -> Callable:
+    """obs (obs,) -> the action (action,) of a z from the posterior"""
+    goals, context = np.array([goal]), None
+    if run_args.context == "learned":
+        envs = MetaVectorEnv(run_args.env_id, goals, 1, 1, run_args.horizon)
+        trajectories = []
+        for _ in range(2):
+            z = pearl_hyper.sample_z(agent, goals, None, rng, run_args)
+            slots = np.ones(1, dtype=bool)
+            rows, alive = pearl_hyper.rollout(agent.policy, z, envs, slots, rng, deterministic=True)
+            trajectories.append(rows[alive])
+        context_width = agent.encoder.net.layers[0].in_features  # obs, action, reward
+        context = torch.cat(trajectories)[None, :, :context_width]
+    generated = agent.policy.generate(pearl_hyper.sample_z(agent, goals, context, rng, run_args))
+    return lambda obs: agent.policy.dynamic(generated, obs[None, None])[0][0, 0].tanh()
+
+
+def main(args: Args) -> None:
+    script, run_args, file = find_run(args)
+    meta = script in META
+    if args.goal is not None and not meta:
+        stop(f"--goal is for runs of MAML and PEARL, {args.run_dir} is one of {script.__name__}.py")
+    if args.adapt and script is not maml_hyper:
+        stop(f"--adapt is for runs of MAML, {args.run_dir} is one of {script.__name__}.py")
+    glfw.ERROR_REPORTING = "ignore"
+    if args.human and not glfw.init():
+        stop("--human needs a display; --video FILE.mp4 does without")
+    if args.video and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display
+    mode = "human" if args.human else "rgb_array" if args.video else None
+    if meta:
+        goal = first_test_goal(run_args) if args.goal is None else args.goal
+        options = {"max_episode_steps": run_args.horizon, "render_mode": mode}
+        try:
+            env = gym.make(run_args.env_id, goal=goal, **options)
+        except ValueError as error:
+            stop(f"--goal {goal}: {error}")
+    else:
+        env = script.make_env(run_args, render_mode=mode)
+
+    def frame() -> Image.Image:
+        image = Image.fromarray(env.render())
+        width = args.width or image.width
+        return image.resize((width, round(image.height * width / image.width)))
+
+    try:
+        env.reset(seed=run_args.seed + 100)
+        frame() if args.video else None
+    except Exception as error:  # of many kinds, from several libraries
+        sys.unraisablehook = lambda _: None  # Gymnasium's viewer fails again when it is deleted
+        hint = "on Debian, apt-get install libegl1 libgl1-mesa-dri"
+        stop(f"{run_args.env_id} cannot be drawn; {hint} ({error or type(error).__name__})")
+
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    networks = (maml_hyper.Policy if script is maml_hyper else script.Agent)(*dims, run_args)
+    try:
+        networks.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # of many kinds, depending on the damage
+        stop(f"{file} cannot be loaded: {error}")
+
+    rng = np.random.default_rng(run_args.seed + 100)
+    if script is maml_hyper:
+        policy = maml_policy(networks, goal, args.adapt, run_args)
+    elif not meta:
+        policy = networks.actor
+    fps = env.metadata.get("render_fps", 30)
+    every = math.ceil(fps / 30)
+    print(f"{file}{f', goal {goal:g}' if meta else ''}")
+    returns = []
+    with open_video(args.video, fps / every) if args.video else nullcontext() as video:
+        for episode in range(args.episodes):
+            if script is pearl_hyper:
+                policy = pearl_policy(networks, goal, rng, run_args)
+            obs, _ = env.reset(seed=run_args.seed + 100 if episode == 0 else None)
+            returns.append(0.0)
+            length, done = 0, False
+            while not done:
+                if video and length % every == 0:
+                    video.append_data(np.asarray(frame()))
+                with torch.no_grad():
+                    action = policy(torch.from_numpy(obs).float()).numpy()
+                obs, reward, terminated, truncated, _ = env.step(action)
+                returns[-1] += reward
+                length, done = length + 1, terminated or truncated
+            print(f"episode {episode}: return {returns[-1]:.2f}, {length} steps", flush=True)
+    env.close()
+    print(f"mean of {args.episodes}: {np.mean(returns):.2f}")
+
+
+def open_video(file: Path, fps: float):
+    try:
+        if file.suffix == ".gif":
+            return imageio.get_writer(file, duration=1000 / fps, loop=0)  # ms a frame, for ever
+        return imageio.get_writer(file, fps=fps, macro_block_size=2)
+    except OSError as error:
+        stop(f"--video {file}: {error}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    tune("cpu", "float32")
+    main(args)
