@@ -11,6 +11,7 @@ In the help, (paper) marks a value from the paper and (released) one from the au
 """
 
 import copy
+import errno
 import functools
 import importlib.metadata
 import importlib.util
@@ -113,7 +114,7 @@ class Args:
     save_every: int = 0
     """iterations between two step_N.pt, the networks alone; 0 saves the last one only"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """arithmetic of the matrix products of policy and critics; everything else is float32"""
+    """arithmetic inside policy and critics; weights, losses and encoder are always float32"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """where the networks and the replay buffers live"""
     runs_dir: str = "runs"
@@ -658,9 +659,10 @@ def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
                 least = 1 if type(number) is int and name not in may_be_0 else 0
-                most = 1 if name in shares else 2**62
-                if not least <= number <= most:
-                    raise ValueError(f"{flag} {number}: must be between {least} and {most}")
+                if not least <= number < 2**62:
+                    raise ValueError(f"{flag} {number}: must be at least {least}, and finite")
+                if name in shares and number > 1:
+                    raise ValueError(f"{flag} {number}: must be at most 1")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -693,8 +695,9 @@ class Run:
     are logged after checkpoint N, so that a run resumed from it logs them again, and none twice.
     """
 
-    # Arguments that a resumed run may have changed, since they cannot change the numbers
-    FREE = "total_timesteps num_iterations runs_dir checkpoint_every save_every track".split()
+    # Arguments that may differ when a run is resumed, since they do not affect the numbers
+    FREE = ("total_timesteps", "num_iterations", "runs_dir", "track")
+    FREE += ("checkpoint_every", "save_every")
 
     def __init__(self, args, model: str, total: int, columns: str):
         """Locks the directory; ends here if another process has it."""
@@ -716,7 +719,7 @@ class Run:
 
         Ends here if the run is complete or if the checkpoint was made with other arguments.
         """
-        self.rng, self.parts, self.env_steps, self.saved = rng, parts, 0, None
+        self.rng, self.parts, self.env_steps, self.saved = rng, parts, 0, -math.inf
         self.config = json.loads(json.dumps(asdict(self.args)))
         summary, step = self.dir / "summary.json", 0
         if checkpoint := self.load_checkpoint():
@@ -724,10 +727,10 @@ class Run:
             differ = [n for n in self.config if n not in self.FREE and old.get(n) != self.config[n]]
             if differ:
                 changes = ", ".join(f"{n} was {old.get(n)} and is {self.config[n]}" for n in differ)
-                stop(f"{self.dir} holds another run: {changes}; remove it or choose an --exp-name")
+                stop(f"{self.dir} holds another run: {changes}; remove it or set --exp-name")
             done = json.loads(summary.read_text())[self.unit] if summary.exists() else step
             if done > self.total:
-                stop(f"{self.dir} is at {self.unit} {done} already, {self.total} is less")
+                stop(f"{self.dir} has already reached {self.unit} {done}, not {self.total}")
             if done == self.total and summary.exists():
                 print(f"{self.dir} is complete")
                 sys.exit()
@@ -736,9 +739,10 @@ class Run:
             rng.bit_generator.state = checkpoint["rng"]
             self.eval_csv, self.env_steps = checkpoint["eval_csv"], checkpoint["env_steps"]
             self.saved = step
+            os.replace(checkpoint["file"], self.dir / "checkpoint.pt")
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
-        versions = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco")}
+        versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
         here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
         versions["git"] = subprocess.run("git rev-parse HEAD", **here).stdout.strip()
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
@@ -756,27 +760,22 @@ class Run:
         return step
 
     def load_checkpoint(self) -> dict | None:
-        """The newest whole checkpoint, or None if there is none; ends here if all are damaged."""
-        newest, previous = self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"
-        files = [file for file in (newest, previous) if file.exists()]
-        for file in files:
+        """The newest intact checkpoint; None if the run is new, ends here if it has lost them."""
+        files = [self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"]
+        for file in filter(Path.exists, files):
             try:
                 if ZipFile(file).testzip():
                     raise ValueError("wrong checksum")
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=True) | {"file": file}
             except Exception as error:  # many kinds, depending on where the damage is
                 warn(f"{file} is damaged ({error})")
-                continue
-            os.replace(file, newest)
-            return checkpoint
-        if files:
-            stop(f"no whole checkpoint in {self.dir}; remove the directory to start afresh")
+        if any(file.exists() for file in (*files, self.dir / "summary.json")):
+            stop(f"no intact checkpoint in {self.dir}; remove the directory to start afresh")
         return None
 
     def save_checkpoint(self, step: int) -> None:
-        """If it is time, saves all that the rest of the run depends on; keeps the one before."""
-        first, last = self.saved is None, step == self.total
-        if first or last or step >= self.saved + self.args.checkpoint_every:
+        """Saves all that the rest of the run depends on, if it is due; keeps the previous one."""
+        if step >= self.saved + self.args.checkpoint_every or step == self.total:
             self.writer.flush()
             state = {"args": self.config, "step": step, "env_steps": self.env_steps}
             state |= {"eval_csv": self.eval_csv, "rng": self.rng.bit_generator.state}
@@ -789,7 +788,7 @@ class Run:
             self.saved = step
 
     def save_networks(self, step: int, networks: nn.Module) -> None:
-        """If it is time, saves step_N.pt."""
+        """Saves step_N.pt, if it is due."""
         every = self.args.save_every
         if step == self.total or (every and step % every == 0):
             write(self.dir / f"step_{step}.pt", networks.state_dict())
@@ -817,7 +816,7 @@ class Run:
         sys.stdout.flush()
 
     def advance(self, env_steps: int) -> None:
-        """Counts a step, which took a number of environment steps."""
+        """Counts one step, which took `env_steps` environment steps."""
         self.env_steps += env_steps
         self.bar.update()
 
@@ -836,4 +835,6 @@ if __name__ == "__main__":
     try:
         train(args)
     except OSError as error:
-        stop(f"{error.filename or 'TensorBoard'}: {error.strerror or error}", code=1)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        stop(f"the disk is full: {error}", code=1)

@@ -4,10 +4,12 @@ import csv
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_refused
 
+import td3_hyper
 from hypernet import CRITICS
 
 ANT = ["Ant-v4", "--env-kwargs", "ctrl_cost_weight", "0.005"]
@@ -99,8 +101,16 @@ def test_observations_rewards_and_flags_of_other_types(run_main, script, types):
     torch.testing.assert_close(transitions[2][:, 0], expected)
 
 
+def test_actions_never_leave_the_bounds_of_the_environment():
+    args = td3_hyper.Args(env_id="toy_envs:Bounds-v0", device="cpu")
+    env = td3_hyper.make_env(args)
+    env.reset(seed=1)
+    for action in ([-1, -1], [1, 1], [0.3, -0.7]):
+        env.step(np.float32(action))  # the environment asserts that its space contains them
+
+
 @SCRIPTS
-def test_an_environment_that_never_ends_is_warned_of_and_the_hint_helps(run_main, script):
+def test_an_environment_without_a_time_limit_gets_a_warning_whose_advice_works(run_main, script):
     env = ["--env-id", "toy_envs:Endless-v0"]
     finished = run_main(ROOT / script, *env, *TOY, "--env-kwargs", "max_episode_steps", "5")
     assert finished.code == 0 and "warning: toy_envs" not in finished.err
@@ -125,7 +135,7 @@ def test_an_environment_that_never_ends_is_warned_of_and_the_hint_helps(run_main
         (["CartPole-v1"], ["must be flat Boxes, not Discrete(2)"]),
         (["toy_envs:Dict-v0"], ["must be flat Boxes, not Dict"]),
         (["toy_envs:Image-v0"], ["must be flat Boxes, not Box(0, 255, (8, 8, 3)"]),
-        (["toy_envs:Unbounded-v0"], ["--env-id toy_envs:Unbounded-v0", "bounds"]),
+        (["toy_envs:Unbounded-v0"], ["actions must be bounded, not Box(-inf"]),
         (["Hopper-v4", "--env-kwargs", "no_such", "1"], ["--env-kwargs", "no_such"]),
     ],
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypernet import CRITICS, HyperNetwork, make_critic
+from hypernet import CRITICS, HyperNetwork, make_critic, tune
 
 
 def numpy_primary(net: HyperNetwork, meta: np.ndarray) -> np.ndarray:
@@ -223,3 +223,14 @@ def test_unknown_names_are_refused():
         make_critic("sa_hyper", 5, 2)
     with pytest.raises(ValueError, match="released"):
         HyperNetwork(4, 3, 2, init="kaiming")
+
+
+def test_tuned_matrix_products_are_accurate_and_slow_bfloat16_is_said(monkeypatch, capsys):
+    for native, warned in ((True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda n=native: {"avx512_bf16": n})
+        tune("cpu", "bfloat16")
+        assert ("no bfloat16 arithmetic" in capsys.readouterr().err) is warned
+        tune("cpu", "float32")
+        assert not capsys.readouterr().err
+    a = torch.randn(512, 512, generator=torch.manual_seed(0))
+    torch.testing.assert_close((a @ a).double(), a.double() @ a.double(), rtol=1e-3, atol=1e-3)

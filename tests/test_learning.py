@@ -40,7 +40,7 @@ def test_agent_solves_the_pendulum(script, critic, tmp_path):
 @pytest.mark.parametrize(
     "script, right, wrong",
     [
-        ("td3_hyper.py", "loss = -critic(", "loss = critic("),
+        ("td3_hyper.py", "loss = -q_value(", "loss = q_value("),
         ("sac_hyper.py", "* log_prob - q)", "* log_prob + q)"),
     ],
 )

@@ -48,7 +48,7 @@ def test_a_run_killed_at_ten_random_moments_ends_like_one_never_killed(tmp_path)
         else:
             process = start(SCRIPT, *small(steps), cwd=killed)
             process.stdout.readline()  # it has begun
-            time.sleep(chance.uniform(0, 1))
+            time.sleep(chance.uniform(0, 0.5))
             process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -135,7 +135,7 @@ def test_a_complete_run_is_left_alone_and_a_larger_total_extends_it(run_main):
     assert run_main(SCRIPT, *small(650)).code == 0
     assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 650)
     before = files(RUN_DIR)
-    assert_refused(run_main(SCRIPT, *small(400)), "is at global_step 650 already")
+    assert_refused(run_main(SCRIPT, *small(400)), "has already reached global_step 650")
     assert files(RUN_DIR) == before
 
 
@@ -175,7 +175,16 @@ def test_two_damaged_checkpoints_are_refused_and_nothing_is_changed(run_main):
     for name in ("checkpoint.pt", "checkpoint.prev.pt"):
         damage(RUN_DIR / name, "truncated")
     before = files(RUN_DIR)
-    assert_refused(run_main(SCRIPT, *small(400)), "no whole checkpoint in", "remove the directory")
+    assert_refused(run_main(SCRIPT, *small(400)), "no intact checkpoint in", "remove the directory")
+    assert files(RUN_DIR) == before
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_overwritten(run_main):
+    assert run_main(SCRIPT, *small(400)).code == 0
+    for file in RUN_DIR.glob("checkpoint*"):
+        file.unlink()
+    before = files(RUN_DIR)
+    assert_refused(run_main(SCRIPT, *small(400), "--gamma", 0.9), "no intact checkpoint in")
     assert files(RUN_DIR) == before
 
 
@@ -193,13 +202,13 @@ def test_eval_csv_is_cut_back_to_the_checkpoint(run_main):
         (["--critic", "sa_hyper"], ["--critic", "'sa_hyper'", "sa-hyper", "resnet35"]),
         (["--bach-size", "3"], ["--bach-size", "--batch-size"]),
         (["--batch-size", "many"], ["--batch-size", "many"]),
-        (["--batch-size", "0"], ["--batch-size 0: must be between 1"]),
-        (["--seed", "-1"], ["--seed -1: must be between 0"]),
+        (["--batch-size", "0"], ["--batch-size 0: must be at least 1"]),
+        (["--seed", "-1"], ["--seed -1: must be at least 0"]),
         (["--actor-lr", "nan"], ["--actor-lr nan"]),
         (["--actor-lr", "inf"], ["--actor-lr inf"]),
-        (["--gamma", "1.5"], ["--gamma 1.5: must be between 0 and 1"]),
+        (["--gamma", "1.5"], ["--gamma 1.5: must be at most 1"]),
         (["--primary-widths"], ["--primary-widths needs at least one number"]),
-        (["--primary-widths", "8", "0"], ["--primary-widths 0: must be between 1"]),
+        (["--primary-widths", "8", "0"], ["--primary-widths 0: must be at least 1"]),
         (["--learning-starts", "1000000"], ["--learning-starts must be below --total-timesteps"]),
         (["--env-kwargs", "no_value"], ["--env-kwargs"]),
         (["--runs-dir", "/dev/null/runs"], ["--runs-dir /dev/null/runs: cannot write"]),
@@ -228,8 +237,8 @@ def test_a_non_finite_reward_or_observation_stops_the_run(run_main, tmp_path, qu
 
 
 def test_a_non_finite_loss_stops_the_run(run_main):
-    args = small(400) + ["--critic-lr", 1e30]
-    assert_refused(run_main(SCRIPT, *args), "critic_loss is not finite at global_step 1", code=1)
+    args = small(400) + ["--critic-lr", 1e18]
+    assert_refused(run_main(SCRIPT, *args), "critic_loss is not finite at global_step 101", code=1)
     state = torch.load(RUN_DIR / "checkpoint.pt", weights_only=True)
     assert all(p.isfinite().all() for p in state["agent"].values())
     assert not (RUN_DIR / "summary.json").exists()
@@ -263,7 +272,7 @@ def test_a_full_disk_under_tensorboard_ends_the_run_and_is_said(run_main, monkey
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
     finished = run_main(SCRIPT, *small(400))
-    assert finished.code == 1 and "error: TensorBoard: No space left" in finished.err
+    assert finished.code == 1 and "error: the disk is full: [Errno 28]" in finished.err
     assert not (RUN_DIR / "summary.json").exists()
 
 
@@ -307,14 +316,12 @@ def test_track_starts_a_run_that_a_resumed_process_continues(run_main, monkeypat
     assert first["config"]["critic"] == "sa-hyper"
 
 
-@pytest.mark.parametrize("script", ["td3_hyper", "sac_hyper", "maml_hyper", "pearl_hyper"])
-def test_idle_threads_leave_the_cores_to_other_runs_unless_the_user_says_otherwise(script):
-    code = f"import os, {script}; print(os.environ['GOMP_SPINCOUNT'])"
-    for spin_count, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
-        environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | spin_count
-        command = [sys.executable, "-c", code]
-        out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-        assert out.stdout.strip() == expected, out.stderr
+@pytest.mark.parametrize("spin_count, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_idle_threads_leave_the_cores_to_others_unless_told_otherwise(spin_count, expected):
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | spin_count
+    command = [sys.executable, "-c", "import os, td3_hyper; print(os.environ['GOMP_SPINCOUNT'])"]
+    out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == expected, out.stderr
 
 
 def test_the_line_of_an_evaluation_is_seen_at_once(tmp_path):

@@ -241,4 +241,4 @@ def test_the_run_is_sac(run_main):
     args = json.loads((RUN_DIR / "config.json").read_text())["args"]
     assert args["autotune"] is True and args["actor_lr"] == args["alpha_lr"] == 3e-4
     assert_refused(run_main(SCRIPT, *small(300), "--no-autotune"), "autotune was True and is False")
-    assert_refused(run_main(SCRIPT, "--alpha", "-1"), "--alpha -1.0: must be between 0")
+    assert_refused(run_main(SCRIPT, "--alpha", "-1"), "--alpha -1.0: must be at least 0")

@@ -49,6 +49,12 @@ class SameArray(Clock):
         return self.array, *rest
 
 
+class Bounds(Clock):
+    """Has bounds that rescaled actions would leave by a rounding error."""
+
+    action_space = gym.spaces.Box(np.float32([-0.2, 0.05]), np.float32([1, 0.6]))
+
+
 class Typed(Clock):
     """Has observations, rewards and flags of other types than MuJoCo's."""
 
@@ -87,6 +93,7 @@ gym.register("Truncating-v0", Clock, max_episode_steps=5)
 gym.register("Terminating-v0", Clock, kwargs={"terminate_after": 5}, max_episode_steps=50)
 gym.register("group/SameArray-v0", SameArray, max_episode_steps=5)
 gym.register("Typed-v0", Typed, max_episode_steps=50)
+gym.register("Bounds-v0", Bounds, max_episode_steps=5)
 gym.register("Endless-v0", Clock)
 gym.register("Dict-v0", Spaces, kwargs={"observation_space": gym.spaces.Dict({"a": BOX})})
 gym.register("Image-v0", Spaces, kwargs={"observation_space": IMAGE})
