@@ -75,7 +75,7 @@ def test_two_runs_on_two_cores(capsys, monkeypatch):
     "arguments, message",
     [
         (["td3", "--rounds", 0], "--rounds 0: must be at least 1"),
-        (["td3", "--batch-sizes", 0], "--batch-size 0: must be between 1"),
+        (["td3", "--batch-sizes", 0], "--batch-size 0: must be at least 1"),
         (["td3", "--critics", "magic"], "invalid choice"),
         (["maml", "--num-goals", 0], "at least 1"),
         (["everything"], "Available subcommands"),
