@@ -27,7 +27,6 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -60,7 +59,7 @@ class Args:
     video: Path | None = None
     """film the episodes, FILE.mp4 or FILE.gif, at most 30 frames a second"""
     width: int | None = None
-    """width of the video in pixels; None means as the environment draws it"""
+    """MuJoCo: pixels of the video's width and height; None means 480"""
     human: bool = False
     """show the episodes in a window"""
 
@@ -147,25 +146,23 @@ def main(args: Args) -> None:
         stop("--human needs a display; --video FILE.mp4 does without")
     if args.video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display
-    mode = "human" if args.human else "rgb_array" if args.video else None
+    options = {"render_mode": "human" if args.human else "rgb_array" if args.video else None}
+    if args.width:
+        options |= {"width": args.width, "height": args.width}
     if meta:
         goal = first_test_goal(run_args) if args.goal is None else args.goal
-        options = {"max_episode_steps": run_args.horizon, "render_mode": mode}
+        options["max_episode_steps"] = run_args.horizon
         try:
             env = gym.make(run_args.env_id, goal=goal, **options)
         except ValueError as error:
             stop(f"--goal {goal}: {error}")
     else:
-        env = script.make_env(run_args, render_mode=mode)
-
-    def frame() -> Image.Image:
-        image = Image.fromarray(env.render())
-        width = args.width or image.width
-        return image.resize((width, round(image.height * width / image.width)))
+        env = script.make_env(run_args, **options)
 
     try:
         env.reset(seed=run_args.seed + 100)
-        frame() if args.video else None
+        if args.video:
+            env.render().shape  # noqa: B018, fails if there is no picture
     except Exception as error:  # of many kinds, from several libraries
         sys.unraisablehook = lambda _: None  # Gymnasium's viewer fails again when it is deleted
         hint = "on Debian, apt-get install libegl1 libgl1-mesa-dri"
@@ -196,7 +193,7 @@ def main(args: Args) -> None:
             length, done = 0, False
             while not done:
                 if video and length % every == 0:
-                    video.append_data(np.asarray(frame()))
+                    video.append_data(env.render())
                 with torch.no_grad():
                     action = policy(torch.from_numpy(obs).float()).numpy()
                 obs, reward, terminated, truncated, _ = env.step(action)
