@@ -3,12 +3,13 @@
 A primary network turns the meta variable into the weights of a small dynamic network, which acts
 on the base variable (Sec. 2, Fig. 1). With the state as meta and the action as base variable it is
 a Q-function whose action gradient flows through the dynamic network alone (Sec. 3, SA-Hyper).
+(released) marks what comes from the authors' code.
 
     critic = make_critic("sa-hyper", obs_dim=11, action_dim=3)
     q = critic(obs, action)                    # (B, 11), (B, 3) -> (B,)
 
     policy = HyperNetwork(meta_dim=1, base_dim=20, out_dim=6)
-    weights = policy.generate(context)         # (T, 1): one set of weights a task, generated once
+    weights = policy.generate(context)         # (T, 1): one set of weights per task, generated once
     action = policy.dynamic(weights, obs)      # (T, N, 20) -> (T, N, 6)
 """
 
@@ -78,15 +79,15 @@ class Head(nn.Module):
 class HyperNetwork(nn.Module):
     """Primary network, heads, and a dynamic network with one hidden layer (Sec. 2, Eq. 1).
 
-    Leading dimensions: `meta (B, m)` with `base (B, x)` generates one set of weights a sample;
+    Leading dimensions: `meta (B, m)` with `base (B, x)` generates one set of weights per sample;
     `meta (T, m)` with `base (T, N, x)` one set for each of T tasks, used for N samples of it.
 
     `init` says how the dynamic weights start (compared in results/):
     - "released": heads uniform in ±0.05 (hidden layer) and ±0.008 (output layer), the constants of
-      the authors' code, whose W has a std of about 0.04 and 0.007.
-    - "paper": W like Kaiming-uniform (Sec. 5.2), std sqrt(2 / fan_in); b and g ten times smaller
-      than W. This holds for any `meta_dim` and `primary_widths`, but only if the meta variable is
-      standard normal: on HalfCheetah's states W starts 2.1 times too wide.
+      the authors' code; the W of the two layers then have a std of about 0.04 and 0.007.
+    - "paper": W like Kaiming-uniform (Sec. 5.2), with a std of sqrt(2 / fan_in); b and g ten times
+      smaller. W has this std for any `meta_dim` and `primary_widths`, but only if the meta variable
+      is standard normal: on HalfCheetah's states W starts 2.1 times too wide.
     - "bias": every meta variable starts with the same ordinary layer, W like PyTorch's Linear,
       uniform in ±1 / sqrt(fan_in), b and g zero. W is the bias of its head, whose weights are zero
       (Bias-HyperInit of Beck et al., 2022, Hypernetworks in Meta-Reinforcement Learning).
@@ -134,7 +135,7 @@ class HyperNetwork(nn.Module):
 
         base (B, x) with weights of (B, m), or (T, N, x) with weights of (T, m) -> (..., out_dim)
         """
-        per_sample = base.dim() == weights[0][1].dim()
+        per_sample = base.dim() == weights[0][1].dim()  # or `base` has one more axis, of N samples
         x = base.unsqueeze(-2) if per_sample else base  # (B, 1, x) or (T, N, x)
         for layer, (W, b, g) in enumerate(weights):
             g, b = g.unsqueeze(-2), b.unsqueeze(-2)
@@ -204,7 +205,8 @@ class HyperCritic(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         meta, base = (obs, action) if self.meta == "obs" else (action, obs)
-        return self.hyper(meta, base).squeeze(-1)
+        weights = self.hyper.generate(meta)  # w(s), or w(a) for AS-Hyper
+        return self.hyper.dynamic(weights, base).squeeze(-1)
 
 
 def make_mlp(input_dim: int, *widths: int) -> nn.Sequential:
@@ -231,8 +233,8 @@ def make_critic(
     name: str,
     obs_dim: int,
     action_dim: int,
-    primary_widths: tuple[int, ...] = (256, 512, 1024),
     dynamic_width: int = 256,
+    primary_widths: tuple[int, ...] = (256, 512, 1024),
     init: str = "released",
 ) -> nn.Module:
     """One Q-network of Sec. 5.2: obs (..., obs_dim), action (..., action_dim) -> (...).
@@ -246,11 +248,11 @@ def make_critic(
             return ConcatCritic(make_mlp(dim, 256, 256))
         case "mlp-small":  # as large as the dynamic network
             return ConcatCritic(make_mlp(dim, 256))
-        case "mlp-large":  # as many weights as the hypernetwork, 9M
+        case "mlp-large":  # about as many weights as the hypernetwork
             return ConcatCritic(make_mlp(dim, 2900, 2900))
         case "resnet-features":
             return ResNetFeaturesCritic(obs_dim, action_dim, primary_widths)
-        case "resnet35":  # 4.5M weights
+        case "resnet35":  # 4.6M weights (paper: 4.5M)
             blocks = [ResidualBlock(256) for _ in range(35)]
             return ConcatCritic(
                 nn.Sequential(nn.Linear(dim, 256), *blocks, nn.ReLU(), nn.Linear(256, 1))

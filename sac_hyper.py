@@ -2,9 +2,9 @@
 
 It is the SAC of Haarnoja et al., *Soft Actor-Critic Algorithms and Applications* (2018): two
 critics, no value network, and a temperature that is tuned to a given entropy. With `sa-hyper` the
-Q-function is Q(s, a) = f_{w(s)}(a): a primary network turns the state into the weights of a small
-dynamic network that acts on the action (Sec. 3; `HyperNetwork` in hypernet.py). The actor follows
-the gradient of Q in the action, which flows through the dynamic network alone (`actor_loss`).
+Q-function is Q(s, a) = f_{w(s)}(a): a primary network turns the state into the weights w(s) of a
+small dynamic network that acts on the action (Sec. 3; `generate` and `dynamic` in hypernet.py). The
+actor follows the gradient of Q with respect to the action, which flows through the latter alone.
 
     python sac_hyper.py --env-id Hopper-v4 --critic sa-hyper
 
@@ -156,7 +156,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
         dims = (obs_dim, action_dim)
-        hyper = (args.primary_widths, args.dynamic_width, args.hyper_init)
+        hyper = (args.dynamic_width, args.primary_widths, args.hyper_init)
         self.actor = Actor(*dims)
         self.critics = nn.ModuleList(make_critic(args.critic, *dims, *hyper) for _ in range(2))
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
@@ -189,8 +189,9 @@ def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> Tensor
 def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """mean (α log π(a|s) - min_i Q_i(s, a)) with a = μ(ε|s), Eq. 5, and the detached log π(a|s).
 
-    The critics are frozen before their forward pass: with sa-hyper nothing of a primary network is
-    kept for the backward pass, and the gradient flows through the dynamic network alone (Fig. 2c).
+    With sa-hyper, w(s) does not depend on the action, so the gradient flows through the dynamic
+    network alone (Fig. 2c). Frozen before their forward pass, the critics store nothing of their
+    primary networks for the backward pass.
     """
     obs = batch[0]
     action, log_prob = agent.actor.sample(obs, noise)
@@ -332,9 +333,12 @@ def train(args: Args) -> None:
     done = True
 
     while True:
-        if done:  # between two episodes there is no simulator state to save
+        # Begin an episode; between two of them there is no simulator state to save
+        if done:
             run.save_checkpoint(global_step)
             obs, _ = env.reset(seed=int(rng.integers(2**31)))
+
+        # Evaluate
         if global_step % args.eval_every == 0 or global_step == args.total_timesteps:
             episodes = evaluate(agent.actor, eval_env, args)
             eval_return, eval_length = np.mean(episodes, axis=0)
