@@ -1,8 +1,11 @@
 """MAML-TRPO (Finn et al., 2017) with the three policies of the hypernetwork paper (Sec. 4).
 
 With `--model hyper` a primary network turns the task's context c into the weights of a small
-dynamic network, π_{w(c)}(a|s), so that the gradients of the task and of the state are disentangled.
+dynamic network, π_{w(c)}(a|s): the context makes the policy, and the state alone is its input.
 `context` is an MLP on [s, c], `vanilla` one on s alone.
+
+An iteration samples episodes of each task with the weights θ, makes an inner step on them to θ_i
+(`inner_step`, Eq. 15), samples episodes with θ_i, and moves θ by a step of TRPO (`update`).
 
     python maml_hyper.py --env-id HalfCheetahFwdBack-v0 --model hyper
 
@@ -155,8 +158,8 @@ class Policy(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
             self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
-        with warnings.catch_warnings(action="ignore"):  # that there is nothing to initialise
-            self.log_std = nn.Linear(0, action_dim)  # a bias, which adapts as other layers' do
+        with warnings.catch_warnings(action="ignore"):  # "initializing zero-element tensors"
+            self.log_std = nn.Linear(0, action_dim)  # a bare bias, as a layer, so that it adapts
         nn.init.zeros_(self.log_std.bias)
 
     def autocast(self, x: Tensor) -> torch.autocast:
@@ -284,7 +287,7 @@ def take(rows: Batch | WeightStep | RankOneStep, tasks: slice) -> Batch | Weight
     return type(rows)(*(x[tasks] for x in rows))
 
 
-def split(episodes: Episodes) -> list[Episodes]:
+def split_tasks(episodes: Episodes) -> list[Episodes]:
     """The tasks in chunks of at most `CHUNK` samples, or of one task."""
     T, N = episodes.post.weight.shape
     size, chunks = max(1, CHUNK // N), []
@@ -353,7 +356,7 @@ def fisher_product(
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """x with product(x) = b, about, for a product with a symmetric, positive definite matrix."""
+    """Approximately solves A x = b for a symmetric, positive definite A with A v = product(v)."""
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     r_dot_r = r.dot(r)
     for _ in range(iterations):
@@ -390,8 +393,8 @@ def line_search(
 
 
 def update(policy: Policy, episodes: Episodes, args: Args) -> dict[str, float]:
-    """One TRPO step of θ on the surrogate. Returns what it came to."""
-    theta, chunks = parameters_to_vector(policy.parameters()).detach(), split(episodes)
+    """One TRPO step of θ on the surrogate. Returns statistics of the step."""
+    theta, chunks = parameters_to_vector(policy.parameters()).detach(), split_tasks(episodes)
 
     def product(vector: Tensor) -> Tensor:
         products = (fisher_product(policy, theta, chunk, vector, args) for chunk in chunks)
@@ -421,8 +424,8 @@ def make_batch(rollout: Rollout, args: Args) -> Batch:
     """Generalised advantages over a linear baseline of each task, normalised over the task.
 
     The baseline is fitted to the discounted returns by least squares on obs, obs², t, t², t³ and 1,
-    t in hundreds of steps, with a ridge of 1e-5 (released). Nothing follows the horizon, nor an
-    episode's early end.
+    t in hundreds of steps, with a ridge of 1e-5 (released). Returns end at the horizon or
+    where an episode ends early.
     """
     context, obs, action, reward, alive = rollout
     T, E, H = alive.shape
@@ -498,7 +501,7 @@ def adapt_and_sample(
         batches.append(make_batch(rollouts[-1], args))
         parts = [
             inner_step(policy, theta, chunk.steps, chunk.post, args)
-            for chunk in split(Episodes([], steps, batches[-1]))
+            for chunk in split_tasks(Episodes([], steps, batches[-1]))
         ]
         step = {
             layer: type(first)(*(torch.cat(x).detach() for x in zip(*(p[layer] for p in parts))))
@@ -549,11 +552,11 @@ def train(args: Args) -> None:
             test_returns = evaluate(policy, test_envs, args)
             rows, means = [], {}
             results = ("train", envs.goals, train_returns), ("test", test_goals, test_returns)
-            for subset, goals, phases in results:
+            for split, goals, phases in results:
                 for phase, returns in phases.items():
                     of_goals = zip(goals, returns)
-                    rows += [(iteration, run.env_steps, subset, g, phase, r) for g, r in of_goals]
-                    means[f"{subset}_{phase}_return"] = returns.mean()
+                    rows += [(iteration, run.env_steps, split, g, phase, r) for g, r in of_goals]
+                    means[f"{split}_{phase}_return"] = returns.mean()
             run.evaluated(iteration, rows, means)
         run.save_networks(iteration, policy)
         if iteration == args.num_iterations:

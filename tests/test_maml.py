@@ -195,7 +195,7 @@ def test_chunks_of_tasks_add_up(model, monkeypatch):
         policy = make_policy(args)
         *pre, post = make_batches(2)
         episodes = Episodes(pre, [], post)
-        assert len(maml_hyper.split(episodes)) == {1: T, 2 * N: 2, 100 * N: 1}[chunk]
+        assert len(maml_hyper.split_tasks(episodes)) == {1: T, 2 * N: 2, 100 * N: 1}[chunk]
         result = maml_hyper.update(policy, episodes, args)
         results.append((parameters_to_vector(policy.parameters()).detach(), result))
     for theta, result in results[1:]:
