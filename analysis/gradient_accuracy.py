@@ -11,14 +11,12 @@ at a = π(s) are compared by their cosine similarity:
   then follows π to the end of the episode. Where the time limit cuts it after k steps,
   γ^k min_i Q'_i(s_k, π(s_k)) of the target critics stands for the rest. (released, all of it)
 
-Holding the action makes the return depend on it more strongly, but what is fitted then is not quite
-Q(s, a), after whose first step the policy takes over. `--hold 1` fits that.
-
-`--repeat` makes a second, independent estimate in each state. If the two agree with a similarity of
-c, the exact gradient would score about the square root of c, and no critic can score more.
-
-Runs of sac_hyper.py can be measured too, with their deterministic policy; their critics count the
-entropy, which the return does not.
+Holding the action makes the return depend on it more strongly, but what is fitted is then not quite
+Q(s, a), after whose first step the policy takes over; `--hold 1` fits that. `--repeat` makes a
+second, independent estimate in each state: if the two agree with a similarity of c, the exact
+gradient would score about the square root of c, and no critic can score more. Runs of sac_hyper.py
+can be measured too, with their deterministic policy; their critics count the entropy, which the
+return does not.
 
 Writes gradient_accuracy.csv, a row for each state, after each checkpoint, and in the end a picture
 for each environment. The same command again measures only what the table lacks: delete the table to
@@ -302,14 +300,14 @@ def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
     for critic in [name for name in CRITICS if name in set(table.critic)]:
         runs = table[table.critic == critic]
         cs, style = runs.cosine_similarity, {"color": COLOURS[critic], "linewidth": 2}
-        above = 100 * (cs.to_numpy()[:, None] > tau).mean(0)
-        threshold.plot(tau, above, label=f"{critic} ({runs.seed.nunique()})", **style)
+        above = (cs.to_numpy()[:, None] > tau).mean(0)
+        threshold.plot(tau, 100 * above, label=f"{critic} ({runs.seed.nunique()})", **style)
         for axis, least in ((quarter, 0.25), (three_quarters, 0.75)):
             axis.plot(100 * (cs > least).groupby(runs.step).mean(), marker=".", **style)
         steps = cs.groupby(runs.step)
         mean.plot(steps.mean(), marker=".", **style)
-        quartiles = steps.quantile(0.25), steps.quantile(0.75)
-        mean.fill_between(quartiles[0].index, *quartiles, color=COLOURS[critic], alpha=0.12, lw=0)
+        low, high = steps.quantile(0.25), steps.quantile(0.75)
+        mean.fill_between(low.index, low, high, color=COLOURS[critic], alpha=0.12, lw=0)
     for axis in axes.flat:
         axis.set(xlabel="environment steps", ylabel="states (%)")
         axis.spines[["top", "right"]].set_visible(False)
@@ -329,13 +327,12 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Means over all states of a critic; the error is the standard error of the mean similarity
     between checkpoints, since the states of one are alike; the ratio of the norms is a median."""
     cs, critics = "cosine_similarity", ["env_id", "critic"]
-    table = table.assign(norm_ratio=table.norm_critic / table.norm_true)
     table = table.assign(**{f"above {tau}": table[cs] > tau for tau in (0.25, 0.75)})
-    groups = table.groupby(critics)
-    means = groups[[*SIMILARITIES, "above 0.25", "above 0.75", "saturated"]].mean()
-    means.insert(0, "states", groups.size())
+    means = table.groupby(critics)[[*SIMILARITIES, "above 0.25", "above 0.75", "saturated"]].mean()
+    means.insert(0, "states", table.groupby(critics).size())
     means.insert(2, "error", table.groupby([*RUN, "step"])[cs].mean().groupby(critics).sem())
-    return means.assign(norm_ratio=groups.norm_ratio.median()).dropna(axis="columns", how="all")
+    ratio = table.assign(norm_ratio=table.norm_critic / table.norm_true).groupby(critics).norm_ratio
+    return means.assign(norm_ratio=ratio.median()).dropna(axis="columns", how="all")
 
 
 def main(args: Args) -> None:
@@ -343,7 +340,7 @@ def main(args: Args) -> None:
     mujoco.set_mju_user_warning(lambda message: None)  # each copy would repeat them
     runs = find_runs(args.runs, "critic", td3_hyper, sac_hyper)
     _, run_args, _ = next(iter(runs.values()))
-    settings = {n: (vars(args) | {"exp_name": run_args.exp_name})[n] for n in SETTINGS}
+    settings = {name: (vars(args) | vars(run_args))[name] for name in SETTINGS}
     file = args.out / "gradient_accuracy.csv"
     rows = read_table(file, COLUMNS, settings)
     measured = {tuple(row[name] for name in [*RUN, "step"]) for row in rows}

@@ -4,9 +4,9 @@
 
 Reads the eval.csv of the runs, in {exp_name}/{env_id}/{model}/seed{seed}/, and nothing else; writes
 - learning_curves.png, .csv: return over steps (Fig. 4), a panel for each environment, a line for
-  each model; two experiments can be compared: each has a line of its own;
+  each model, or for each experiment and model;
 - final_scores.csv: final score, gain and steps to the baseline's score in each environment;
-- summary.png, .csv: normalised scores over the environments of an experiment (Fig. 6);
+- summary.csv: normalised scores over the environments of an experiment (Fig. 6);
 - train_test_{env_id}.png: meta-RL's training and test goals (Fig. 7).
 
 What the numbers are:
@@ -15,8 +15,8 @@ What the numbers are:
   two seeds: all of them);
 - final score: mean of a run's evaluations in the last 10% of the steps (meta-RL: of iterations);
 - normalised score: (score - first) / (final - first), where first and final are the mean first
-  evaluation and final score of the baseline, mlp (for MAML: vanilla after adaptation). (Some
-  returns are negative, so a plain ratio to the baseline would mean nothing.)
+  evaluation and final score of the baseline, mlp (for MAML: vanilla after adaptation). Some returns
+  are negative, so a plain ratio to the baseline would mean nothing;
 - gain: 100 (mean normalised final score - 1) percent;
 - reached at: the step where the mean curve (over environments: the mean normalised one) first
   reaches the baseline's final score, in percent of the baseline's steps;
@@ -46,7 +46,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import EngFormatter  # noqa: E402
 
-ENV, CURVE = ["exp_name", "env_id"], ["exp_name", "env_id", "model", "split", "phase"]
+RUN = ["exp_name", "env_id", "model", "seed"]  # the folders of a run
+ENV, CURVE = RUN[:2], [*RUN[:3], "split", "phase"]
 # Okabe and Ito's colours, grey in place of yellow; the order is that of legends and tables.
 COLOURS = {"mlp": "#000000", "vanilla": "#000000", "sa-hyper": "#d55e00", "as-hyper": "#0072b2"}
 COLOURS |= {"context": "#0072b2", "hyper": "#d55e00", "mlp-small": "#56b4e9"}
@@ -92,9 +93,8 @@ def read_run(file: Path) -> pd.DataFrame:
         raise ValueError("not the columns of an eval.csv")
     numbers = table[["time", "step", "return"]].apply(pd.to_numeric).to_numpy(float)
     if not len(table) or not np.isfinite(numbers).all():
-        raise ValueError("a number is missing or not finite" if len(table) else "no evaluation")
-    means = table.groupby(["time", "split", "phase"], as_index=False)
-    return means.agg({"step": "mean", "return": "mean"})
+        raise ValueError("a number is missing or not finite")
+    return table.groupby(["time", "split", "phase"], as_index=False)[["step", "return"]].mean()
 
 
 def read(folders: tuple[Path, ...]) -> pd.DataFrame:
@@ -105,7 +105,7 @@ def read(folders: tuple[Path, ...]) -> pd.DataFrame:
         if not found:
             stop(f"{folder}: no eval.csv in there")
         for file in map(Path.resolve, found):
-            run = file.parts[-5:-1]  # exp_name, env_id, model, seedN
+            run = file.parts[-5:-1]
             if not re.fullmatch(r"seed\d+", run[-1]):
                 stop(f"{file}: must be in exp_name/env_id/model/seedN/")
             if files.setdefault(run, file) != file:
@@ -116,9 +116,7 @@ def read(folders: tuple[Path, ...]) -> pd.DataFrame:
             table = read_run(file)
         except (ValueError, OSError) as error:
             stop(f"{file}: {error}")
-        exp_name, env_id, model, seed = run
-        seed = int(seed.removeprefix("seed"))
-        tables.append(table.assign(exp_name=exp_name, env_id=env_id, model=model, seed=seed))
+        tables.append(table.assign(**dict(zip(RUN, run))))
         if not (file.parent / "summary.json").exists():
             note(f"unfinished: {'/'.join(run)}, evaluated up to {table.time.max()}")
     runs = pd.concat(tables, ignore_index=True)
@@ -193,8 +191,7 @@ def final_scores(runs: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
     table["normalised"] = finals.groupby(CURVE).score.mean()
     table["gain_percent"] = 100 * (table.normalised - 1)
     reached = curves.apply(lambda curve: first_reached(*curve[["share", "score"]].values.T))
-    table["reached_at_percent"] = reached
-    return table.reset_index()
+    return table.assign(reached_at_percent=reached).reset_index()
 
 
 def mean(*environments: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -207,12 +204,12 @@ def iqm(*environments: np.ndarray, axis: int = -1) -> np.ndarray:
     return stats.trim_mean(np.concatenate(environments, axis), 0.25, axis)
 
 
-def interval(statistic: Callable, environments: list[np.ndarray]) -> np.ndarray:
+def interval(statistic: Callable, environments: list[np.ndarray]) -> tuple[float, float]:
     """Stratified bootstrap, 95%: low and high; nan if some environment has a single run."""
-    if min(scores.shape[-1] for scores in environments) < 2:
-        return np.full((2, *np.shape(statistic(*environments))), np.nan)
+    if min(map(len, environments)) < 2:
+        return np.nan, np.nan
     options = dict(axis=-1, n_resamples=5000, batch=100, method="percentile", rng=0)
-    return np.array(stats.bootstrap(environments, statistic, **options).confidence_interval)
+    return stats.bootstrap(environments, statistic, **options).confidence_interval
 
 
 def on_grid(runs: pd.DataFrame, grid: np.ndarray) -> np.ndarray:
@@ -222,21 +219,15 @@ def on_grid(runs: pd.DataFrame, grid: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(grid, share, line, np.nan, np.nan) for line in lines], axis=-1)
 
 
-def summarise(runs: pd.DataFrame, finals: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Each model over the environments of an experiment: the numbers, and the mean curves."""
-    rows, curves = [], []
-    finals = finals.dropna(subset="score")
-    for key, group in finals.groupby(["exp_name", "model", "phase"]):
+def summarise(runs: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
+    """A row for each model, over the environments of an experiment."""
+    rows = []
+    for key, group in finals.dropna(subset="score").groupby(["exp_name", "model", "phase"]):
         row = dict(zip(("exp_name", "model", "phase"), key))
         experiment = runs[(runs.exp_name == row["exp_name"]) & runs.score.notna()]
         grid = np.unique(experiment[experiment.model == experiment.baseline].share)
         own = experiment[(experiment.model == row["model"]) & (experiment.phase == row["phase"])]
-        lines = [on_grid(table, grid) for _, table in own.groupby("env_id")]
-        curve = mean(*lines)
-        inside = ~np.isnan(curve)  # where all environments have evaluations
-        low, high = interval(mean, [line[inside] for line in lines])
-        columns = dict(steps_percent=grid[inside], mean=curve[inside], mean_low=low, mean_high=high)
-        curves.append(pd.DataFrame(row | columns))
+        curve = mean(*(on_grid(table, grid) for _, table in own.groupby("env_id")))
         scores = [table.score.to_numpy() for _, table in group.groupby("env_id")]
         row |= dict(environments=len(scores), runs=len(group))
         row |= dict(gain_percent=100 * (mean(*scores) - 1))
@@ -245,7 +236,7 @@ def summarise(runs: pd.DataFrame, finals: pd.DataFrame) -> tuple[pd.DataFrame, p
             name, (low, high) = statistic.__name__, interval(statistic, scores)
             row |= {name: statistic(*scores), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
-    return pd.DataFrame(rows), pd.concat(curves) if curves else pd.DataFrame()
+    return pd.DataFrame(rows)
 
 
 def styles_of(labels: list[str]) -> dict[str, dict]:
@@ -256,60 +247,42 @@ def styles_of(labels: list[str]) -> dict[str, dict]:
     return {label: dict(linestyle=s, color=c) for label, (s, c) in zip(labels, styles)}
 
 
-def draw(table: pd.DataFrame, x: str, xlabel: str, ylabel: str, title: str, file: Path) -> None:
-    """A panel for each `panel`, in it a line for each label, dotted before adaptation."""
-    groups = list(table.groupby("panel", sort=False))
-    rows, columns = -(-len(groups) // 2), min(2, len(groups))
-    size = (1 + 3.8 * columns, 1.2 + 2.7 * rows)
-    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
-    styles = styles_of(list(table.label.unique()))
-    for axis, (panel, curves) in zip(axes.flat, groups):
-        for (label, phase), curve in curves.groupby(["label", "phase"], sort=False):
-            style = styles[label] | (dict(linestyle=":") if phase == "pre" else {})
-            axis.plot(curve[x], curve["mean"], linewidth=1.8, **style)
-            band = dict(facecolor=(style["color"], 0.1), edgecolor=(style["color"], 0.35))
-            axis.fill_between(curve[x], curve.mean_low, curve.mean_high, linewidth=0.6, **band)
-        # The panels of an environment on one scale; a wide interval must not hide the curves.
-        near = table[table.env_id == curves.env_id.iloc[0]]
-        low, high = near["min"].min(), near["max"].max()
-        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-9)
-        axis.set(title=panel, xlabel=xlabel, ylabel=ylabel)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(groups) :]:
-        axis.remove()
-    figure.suptitle(title)
-    lines = [plt.Line2D([], [], **style) for style in styles.values()]
-    ncols = 4 if max(map(len, styles)) < 16 else columns
-    figure.legend(lines, styles, loc="outside lower center", ncols=ncols, frameon=False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
-def draw_returns(curves: pd.DataFrame, panels: list[str], file: Path) -> None:
-    """Learning curves; a panel for each value of the columns `panels`."""
+def draw(curves: pd.DataFrame, by: list[str], file: Path) -> None:
+    """Learning curves: a panel for each value of the columns `by`, dotted before adaptation."""
     few = curves.seeds < 3
     low, high = curves.mean_low.mask(few, curves["min"]), curves.mean_high.mask(few, curves["max"])
     labels = curves.model.astype(str)
     if curves.exp_name.nunique() > 1:
         labels = curves.exp_name + " " + labels
     curves = curves.assign(mean_low=low, mean_high=high, label=labels)
-    curves = curves.sort_values(panels, kind="stable")
-    for name, table in curves.groupby(panels):
-        seeds = " to ".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
-        plural = "s" * (seeds != "1")
-        curves.loc[table.index, "panel"] = f"{' '.join(name).strip()} ({seeds} seed{plural})"
-    band = "band from seed to seed" if few.all() else "95% interval"
-    axes = ("step", "environment steps", "return per episode")
-    draw(curves, *axes, f"Mean over seeds, {band}", file)
-
-
-def draw_summary(curves: pd.DataFrame, file: Path) -> None:
-    """Mean normalised scores; a panel for each experiment."""
-    same = dict(panel=curves.exp_name, env_id=curves.exp_name, label=curves.model)
-    curves = curves.assign(**same, min=curves["mean"], max=curves["mean"])
-    axes = ("steps_percent", "environment steps, % of the baseline's", "mean normalised score")
-    draw(curves, *axes, "Mean over environments, 95% interval", file)
+    styles = styles_of(list(curves.sort_values(by, kind="stable").label.unique()))
+    panels = list(curves.groupby(by))
+    rows, columns = -(-len(panels) // 2), min(2, len(panels))
+    size = (1 + 3.8 * columns, 1.2 + 2.7 * rows)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
+    for axis, (name, panel) in zip(axes.flat, panels):
+        for (label, phase), curve in panel.groupby(["label", "phase"], sort=False):
+            style = styles[label] | (dict(linestyle=":") if phase == "pre" else {})
+            axis.plot(curve.step, curve["mean"], linewidth=1.8, **style)
+            band = dict(facecolor=(style["color"], 0.1), edgecolor=(style["color"], 0.35))
+            axis.fill_between(curve.step, curve.mean_low, curve.mean_high, linewidth=0.6, **band)
+        # The panels of an environment on one scale; a wide interval must not hide the curves.
+        near = curves[curves.env_id == panel.env_id.iloc[0]]
+        low, high = near["min"].min(), near["max"].max()
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-9)
+        seeds = " to ".join(map(str, sorted({panel.seeds.min(), panel.seeds.max()})))
+        axis.set_title(f"{' '.join(name).strip()} ({seeds} seed{'s' * (seeds != '1')})")
+        axis.set(xlabel="environment steps", ylabel="return per episode")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    figure.suptitle(f"Mean over seeds, {'band from seed to seed' if few.all() else '95% interval'}")
+    lines = [plt.Line2D([], [], **style) for style in styles.values()]
+    ncols = 4 if max(map(len, styles)) < 16 else columns
+    figure.legend(lines, styles, loc="outside lower center", ncols=ncols, frameon=False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def save(table: pd.DataFrame, file: Path) -> None:
@@ -329,25 +302,21 @@ def save(table: pd.DataFrame, file: Path) -> None:
 def main(args: Args) -> None:
     runs = normalise(cut(read(args.runs)))
     is_final = in_last_tenth(runs.time, runs.groupby(CURVE).time.transform("max"))
-    finals = runs[is_final].groupby([*CURVE, "seed", "baseline"])[["return", "score"]].mean()
-    finals = finals.reset_index()
+    finals = runs[is_final].groupby([*CURVE, "seed"])[["return", "score"]].mean().reset_index()
     groups = runs.groupby([*CURVE, "time"])
     curves = over_seeds(groups)
     curves.insert(0, "step", groups.step.mean())
     curves = curves.reset_index().drop(columns="time")
-    summary, summary_curves = summarise(runs, finals)
-
     args.out.mkdir(parents=True, exist_ok=True)
     save(curves, args.out / "learning_curves.csv")
     save(final_scores(runs, finals), args.out / "final_scores.csv")
-    test = curves[curves.split != "train"]
-    draw_returns(test, ["env_id", "phase"], args.out / "learning_curves.png")
+    draw(curves[curves.split != "train"], ["env_id", "phase"], args.out / "learning_curves.png")
     pairs = curves[(curves.split != "") & (curves.phase == "post")]
     for env_id, pair in pairs.groupby("env_id"):
-        draw_returns(pair, ["env_id", "split"], args.out / f"train_test_{env_id}.png")
+        draw(pair, ["env_id", "split"], args.out / f"train_test_{env_id}.png")
+    summary = summarise(runs, finals)
     if len(summary):
         save(summary, args.out / "summary.csv")
-        draw_summary(summary_curves, args.out / "summary.png")
 
 
 if __name__ == "__main__":
