@@ -3,31 +3,27 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from hypernet import CRITICS, HyperNetwork, make_critic, tune
 
 
-def numpy_primary(net: HyperNetwork, meta: np.ndarray) -> np.ndarray:
-    """The latent of one meta variable, from the state dict alone."""
-    p = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    x, layer = meta, 0
-    while f"primary.{layer}.weight" in p:
-        x = p[f"primary.{layer}.weight"] @ x + p[f"primary.{layer}.bias"]
-        for block in (layer + 1, layer + 2):
-            h = np.maximum(x, 0)
-            h = p[f"primary.{block}.linear1.weight"] @ h + p[f"primary.{block}.linear1.bias"]
-            h = np.maximum(h, 0)
-            x = x + p[f"primary.{block}.linear2.weight"] @ h + p[f"primary.{block}.linear2.bias"]
-        layer += 3
-    return x
-
-
 def numpy_hypernetwork(net: HyperNetwork, meta: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Eq. 1, neuron by neuron, for one meta and one base variable."""
+    """Eq. 1, neuron by neuron, for one meta and one base variable, from the state dict alone."""
     p = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    latent, x = numpy_primary(net, meta), base
+
+    def linear(name: str, x: np.ndarray) -> np.ndarray:
+        return p[f"{name}.weight"] @ x + p[f"{name}.bias"]
+
+    latent = meta
+    for layer in (0, 3):
+        latent = linear(f"primary.{layer}", latent)
+        for block in (f"primary.{layer + 1}", f"primary.{layer + 2}"):
+            h = np.maximum(linear(f"{block}.linear1", np.maximum(latent, 0)), 0)
+            latent = latent + linear(f"{block}.linear2", h)
+    x = base
     for head in ("hidden", "output"):
-        W, b, g = (p[f"{head}.{k}.weight"] @ latent + p[f"{head}.{k}.bias"] for k in "Wbg")
+        W, b, g = (linear(f"{head}.{k}", latent) for k in "Wbg")
         fan_in, fan_out = len(x), len(b)
         out = np.empty(fan_out)
         for j in range(fan_out):
@@ -69,21 +65,13 @@ def test_gradients_equal_finite_differences():
     net = small_hypernetwork()
     meta, base = torch.randn(3, 4).double(), torch.randn(3, 3).double()
     meta.requires_grad_(True), base.requires_grad_(True)
-    parameters = [
-        net.primary[0].weight,
-        net.hidden.W.weight,
-        net.hidden.g.weight,
-        net.output.b.bias,
-    ]
-
-    def outputs(meta, base, *_):
-        return net(meta, base)
-
+    parameters = net.primary[0].weight, net.hidden.W.weight, net.hidden.g.weight, net.output.b.bias
+    outputs = lambda meta, base, *_: net(meta, base)  # noqa: E731
     assert torch.autograd.gradcheck(outputs, (meta, base, *parameters))
 
 
-@pytest.mark.parametrize("meta_dim", [1, 3, 11, 27, 111])
-@pytest.mark.parametrize("primary_widths", [(256, 512, 1024), (64, 128, 256), (100,)])
+@pytest.mark.parametrize("meta_dim", [1, 11, 111])
+@pytest.mark.parametrize("primary_widths", [(256, 512, 1024), (100,)])
 def test_paper_init_generates_weights_like_kaiming_uniform(meta_dim, primary_widths):
     torch.manual_seed(meta_dim)
     net = HyperNetwork(meta_dim, 3, 1, primary_widths=primary_widths, init="paper")
@@ -95,11 +83,10 @@ def test_paper_init_generates_weights_like_kaiming_uniform(meta_dim, primary_wid
         assert b.square().mean().sqrt() < 0.2 * kaiming and g.square().mean().sqrt() < 0.2 * kaiming
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-def test_bias_init_starts_every_input_with_the_same_ordinary_network(scale):
+def test_bias_init_starts_every_input_with_the_same_ordinary_network():
     torch.manual_seed(0)
     net = HyperNetwork(11, 3, 1, init="bias")
-    weights = net.generate(scale * torch.randn(50, 11))
+    weights = net.generate(torch.logspace(-1, 2, 50).unsqueeze(-1) * torch.randn(50, 11))
     for (W, b, g), fan_in in zip(weights, (3, 256)):
         assert torch.equal(W, W[:1].expand_as(W))
         linear = torch.nn.Linear(fan_in, 10_000).weight
@@ -113,6 +100,9 @@ def test_bias_init_starts_every_input_with_the_same_ordinary_network(scale):
 def test_released_init_has_the_published_constants():
     torch.manual_seed(0)
     net = HyperNetwork(11, 3, 1, init="released")
+    for linear in (module for module in net.primary.modules() if isinstance(module, nn.Linear)):
+        bound = 1 / (2 * linear.in_features**0.5)
+        assert bound * 0.9 < linear.weight.abs().max() <= bound
     for head, bound in ((net.hidden, 0.05), (net.output, 0.008)):
         for linear in (head.W, head.b, head.g):
             assert linear.weight.abs().max().item() == pytest.approx(bound, rel=0.02)
@@ -121,13 +111,6 @@ def test_released_init_has_the_published_constants():
     (W1, _, _), (W2, _, _) = net.generate(torch.randn(500, 11))
     assert W1.std().item() == pytest.approx(0.042, rel=0.1)
     assert W2.std().item() == pytest.approx(0.0072, rel=0.1)
-
-
-def test_primary_network_starts_uniform_in_half_the_inverse_root_of_fan_in():
-    for module in HyperNetwork(11, 3, 1).primary.modules():
-        if isinstance(module, torch.nn.Linear):
-            bound = 1 / (2 * module.in_features**0.5)
-            assert bound * 0.9 < module.weight.abs().max() <= bound
 
 
 HOPPER, ANT = (11, 3), (27, 8)
@@ -162,14 +145,8 @@ def test_every_critic_is_a_q_function_of_obs_and_action(name):
     obs, action = torch.randn(6, 5).double(), torch.randn(6, 2).double().requires_grad_(True)
     assert critic(obs, action).shape == (6,)
     assert not torch.allclose(critic(obs, action), critic(obs.roll(1, 0), action))
-    # The gradient that the actor follows, against central differences.
-    (gradient,) = torch.autograd.grad(critic(obs, action).sum(), action)
-    h = 1e-6
-    for i in range(2):
-        step = torch.zeros(2).double()
-        step[i] = h
-        difference = (critic(obs, action + step) - critic(obs, action - step)) / (2 * h)
-        torch.testing.assert_close(gradient[:, i], difference.detach(), rtol=1e-4, atol=1e-7)
+    # The gradient that the actor follows, against finite differences
+    assert torch.autograd.gradcheck(lambda a: critic(obs, a), action, rtol=1e-4, atol=1e-7)
 
 
 def numpy_concat_critic(name: str, p: dict, x: np.ndarray) -> float:
