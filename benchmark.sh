@@ -4,12 +4,11 @@
 # Trains the paper's matrix: TD3 and SAC on 4 environments with 8 critics, MAML on 5 task families
 # with 3 models, PEARL on 5 families with 2 models, 5 seeds each. Stop it at any time and start it
 # again: complete runs are skipped, partial ones go on from their last checkpoint.
-#
 #   --dry-run     only list the commands with their states (complete, partial, missing) and totals
 #   --only REGEX  only commands that match, from `python` to `--seed N`, for example
 #                 'td3.*Hopper-v4 --critic (mlp|sa-hyper) '
 #   --seeds N     seeds 1 to N (default: 5; 1 with --smoke)
-#   --jobs N      how many runs at a time (default: one a core), each with cores / N threads;
+#   --jobs N      how many runs at a time (default: one per core), each with cores / N threads;
 #                 with --slurm, how many array tasks at a time (default: no limit)
 #   --smoke       shrink every run to seconds, in smoke/ instead of runs/
 #   --slurm       submit the runs as one array job. Options that are not among these go to sbatch:
@@ -45,7 +44,7 @@ fi
 dry_run='' only='' seeds='' jobs='' smoke='' slurm='' sbatch=(sbatch) runs_dir=runs
 while (($#)) && [[ $1 != -- ]]; do
     case $1 in
-    --help | -h) sed -n '/^# usage/,/^set/ s/^# \?//p' "$self" && exit ;;
+    --help | -h) sed -nE '/^# usage/,/^set/ s/^# ?//p' "$self" && exit ;;
     --dry-run) dry_run=1 ;;
     --smoke) smoke=1 runs_dir=smoke ;;
     --slurm) slurm=1 ;;
@@ -69,6 +68,7 @@ for word in "${@:2}"; do
     --exp-name) exp_name=$word ;;
     --context) suffix=-$word ;;
     --total-timesteps | --num-iterations) longer=1 ;;
+    --seed | --env-id | --critic | --model) stop "$option: the matrix sets it; use --only, --seeds" ;;
     esac
     option=$word
 done
@@ -124,6 +124,7 @@ look
 command -v python >/dev/null || stop 'there is no python here: source .venv/bin/activate'
 
 if [[ $slurm ]]; then
+    command -v sbatch >/dev/null || stop '--slurm: there is no sbatch here'
     mkdir -p "$runs_dir/slurm"
     "${sbatch[@]}" --array="0-$((${#todo[@]} / 2 - 1))${jobs:+%$jobs}" <<EOF || exit 2
 #!/usr/bin/env bash

@@ -73,7 +73,9 @@ class Head(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.W(latent).unflatten(-1, self.shape), self.b(latent), self.g(latent)
+        # b and 1 + g in full precision, also where autocast makes the matrix products bfloat16
+        b, g = (linear(latent).to(linear.weight.dtype) for linear in (self.b, self.g))
+        return self.W(latent).unflatten(-1, self.shape), b, g
 
 
 class HyperNetwork(nn.Module):

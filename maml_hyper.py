@@ -89,7 +89,7 @@ class Args:
     line_search_steps: int = 20
     """step sizes that the line search tries, each 0.8 times the one before (released)"""
 
-    env_id: str = "HalfCheetahFwdBack-v0"
+    env_id: Literal[tuple(FAMILIES)] = "HalfCheetahFwdBack-v0"
     """family of tasks, one of FAMILIES in meta_envs.py (paper)"""
     seed: int = 1
     """seed of goals, network weights, environments and action noise (paper: 5 seeds)"""
@@ -104,7 +104,7 @@ class Args:
     save_every: int = 0
     """iterations between two step_N.pt, the policy alone; 0 saves the last one only"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """arithmetic inside the policy; weights and losses are always float32"""
+    """precision of the policy's matrix products; everything else is float32"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """where the networks live, and the episodes that they learn from"""
     runs_dir: str = "runs"
@@ -118,8 +118,6 @@ class Args:
         if self.inner_lr is None:
             self.inner_lr = 5e-5 if self.model == "hyper" else 0.1
         check_args(self, ("seed", "save_every", "num_adapt_steps"), shares=("gamma", "gae_lambda"))
-        if self.env_id not in FAMILIES:
-            raise ValueError(f"--env-id {self.env_id}: choose from {', '.join(FAMILIES)}")
         if self.meta_batch_size > self.num_train_goals:
             raise ValueError("--meta-batch-size must not be above --num-train-goals")
         if self.max_kl == 0:
@@ -255,7 +253,7 @@ def inner_step(
 ) -> Step:
     """-η ∇L_i with L_i = -mean Â log π_{θ_i}(a|s) of each task, as a function of the parameters θ.
 
-    Eq. 15 with the mean over an episode's steps in place of the sum (released).
+    Eq. 15 with the mean over a task's samples in place of the sum over each episode (released).
     """
     with adapted(policy, steps) as seen, torch.enable_grad():
         gaussian = functional_call(policy, parameters, (batch.context, batch.obs))
@@ -400,8 +398,11 @@ def update(policy: Policy, episodes: Episodes, args: Args) -> dict[str, float]:
         products = (fisher_product(policy, theta, chunk, vector, args) for chunk in chunks)
         return sum(products) + args.cg_damping * vector
 
-    gradients, old = zip(*(meta_gradient(policy, theta, chunk, args) for chunk in chunks))
-    gradient = sum(gradients)
+    gradient, old = torch.zeros_like(theta), []
+    for chunk in chunks:
+        chunk_gradient, chunk_old = meta_gradient(policy, theta, chunk, args)
+        gradient += chunk_gradient
+        old.append(chunk_old)
     if not gradient.isfinite().all():
         return {"gradient_norm": math.nan}
     direction = conjugate_gradient(product, gradient, args.cg_iterations)
@@ -476,8 +477,8 @@ def sample(
             action = (mean + log_std.exp() * torch.from_numpy(noise).to(args.device)).cpu().numpy()
             if not np.isfinite(action).all():
                 goal = envs.goals[np.isfinite(action).all((1, 2)).argmin()]
-                inner = f"{len(steps)} inner steps, --inner-lr {args.inner_lr:g}"
-                stop(f"the policy of goal {goal:g} is not finite after {inner}", code=1)
+                hint = f" after {len(steps)} inner steps: lower --inner-lr {args.inner_lr:g}"
+                stop(f"the policy of goal {goal:g} is not finite{hint if steps else ''}", code=1)
             clipped = action.reshape(T * E, -1).clip(low, high)
             obs, reward, terminated, truncated, _ = envs.step(clipped)
             all_actions[t], rewards[t] = action, reward.reshape(T, E)
@@ -570,7 +571,7 @@ def train(args: Args) -> None:
         iteration += 1
         run.advance(env_steps=sum(int(rollout.alive.sum()) for rollout in rollouts))
 
-    run.finish({f"test_{phase}": returns.mean() for phase, returns in test_returns.items()})
+    run.finish(means | {"env_steps": run.env_steps})
 
 
 # --------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class Args:
     encoder_lr: float = 3e-4
     """Adam's learning rate for the encoder (released)"""
 
-    env_id: str = "HalfCheetahVelMedium-v0"
+    env_id: Literal[tuple(FAMILIES)] = "HalfCheetahVelMedium-v0"
     """family of tasks (paper: {HalfCheetah,Ant}{FwdBack,Vel}-v0, HalfCheetahVelMedium-v0)"""
     seed: int = 1
     """seed of goals, network weights, environments, noise and batches (paper: 5 seeds)"""
@@ -125,8 +125,6 @@ class Args:
     """send the TensorBoard scalars to Weights & Biases too (needs: pip install wandb)"""
 
     def __post_init__(self):
-        if self.env_id not in FAMILIES:
-            raise ValueError(f"--env-id {self.env_id}: choose from {', '.join(FAMILIES)}")
         defaults = dict(zip(FAMILY_ARGS, FAMILY_DEFAULTS.get(self.env_id, VELOCITY_DEFAULTS)))
         defaults["critic_lr"] = 5e-5 if self.model == "hyper" else 3e-4
         defaults["policy_lr"] = 1e-4 if self.model == "hyper" else 3e-4
@@ -323,8 +321,8 @@ def v_and_policy_loss(
     """mean (V(s, z) - y)² with y = min_i Q_i(s, a, z) - log π(a|s, z), and mean -y for a ~ π, with
     the mean squares of the policy's mean and log_std. noise: (T, N, action)
 
-    z is a constant here. The critics are frozen before their forward pass: nothing of a primary
-    network is kept for the backward pass.
+    z is a constant here. Q is frozen before its forward pass: nothing of its primary networks is
+    stored for the backward pass.
     """
     obs, z = batch.obs, z.detach()
     mean, log_std = agent.policy.dynamic(agent.policy.generate(z), obs)
@@ -467,9 +465,9 @@ def rollout(
     rng: np.random.Generator,
     deterministic: bool = False,
 ) -> tuple[Tensor, np.ndarray]:
-    """A trajectory with z (T, z) in each of `slots` (T,), a mask.
+    """Plays a trajectory in each slot that the mask `slots` (S,) selects, with z (S, z).
 
-    Returns transitions (T, H, row), and a mask (T, H) of those before the trajectory's end.
+    Returns transitions (S, H, row), and a mask (S, H) of those before the trajectory's end.
     """
     generated = policy.generate(z)  # once for the whole trajectory
     obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"reset_mask": slots})
@@ -503,7 +501,7 @@ def collect(
     *,
     posterior: bool,
 ) -> int:
-    """Adds whole trajectories, at least `num_steps` a task, of the tasks with these indices (T,).
+    """Adds whole trajectories, at least `num_steps` in each of the tasks with these indices (T,).
 
     Each trajectory has its own z, from the prior, or from the posterior of transitions drawn anew.
     Only those from the prior enter the encoder's buffer, so no trajectory waits for another: all

@@ -566,9 +566,9 @@ def test_the_defaults_are_those_of_the_family_and_of_the_model():
 def test_bad_use_is_refused_and_leaves_nothing_behind(run_main, tmp_path):
     for flag, value, word in (
         ("--env-id", "Hopper-v4", "HalfCheetahVelMedium-v0"),
-        ("--num-prior-steps", 0, "must be between 1"),
-        ("--num-posterior-steps", -1, "must be between 0"),
-        ("--tau", 1.5, "must be between 0 and 1"),
+        ("--num-prior-steps", 0, "must be at least 1"),
+        ("--num-posterior-steps", -1, "must be at least 0"),
+        ("--tau", 1.5, "must be at most 1"),
     ):
         assert_refused(run_main(SCRIPT, flag, value), f"{flag} {value}", word)
     assert list(tmp_path.iterdir()) == []
