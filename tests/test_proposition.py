@@ -18,18 +18,14 @@ top eigenvectors u of H and v of S.
 A ≥ η (1 - α) ‖∇F‖² / 2, which is positive.
 
 **What the statement leaves open.** (The appendix, which defines k̃, was not at hand.)
-- The paper's step maximizes the lower bound of this proof; it is not the largest safe one, since no
-  error reaches both bounds on G at once. Eq. 6 implies ⟨∇F, G⟩ ≥ ‖G‖² / (1 + α), so every step
-  below 2 / (1 + α) / k̃ raises the advantage. That is 2 (1 + α) / (1 - α) times the paper's: twice
-  for a small α, and without limit as α goes to 1. It cannot be improved for all policies.
+- The paper's step maximizes the bound of this proof. Eq. 6 also implies ⟨∇F, G⟩ ≥ ‖G‖² / (1 + α),
+  so every step below 2 / (1 + α) / k̃ is safe; that cannot be improved for all policies.
 - Where ∇F = 0, Eq. 6 allows no step, and the advantage is zero rather than positive.
-- Eq. 6 is about the averaged gradient. An error of ∇_a Q itself reaches it through the Jacobian: a
-  relative error ρ (root mean square over s and ε) means an α of at most
-  ρ √λmax(E[∇_φ μ ∇_φ μᵀ]) rms(∇_a Q) / ‖∇F‖, which may be above 1 when ρ is below. An error that
-  averages out does no harm, however large it is.
+- A relative error ρ of ∇_a Q itself (root mean square over s and ε) means an α of at most
+  ρ √λmax(E[∇_φ μ ∇_φ μᵀ]) rms(∇_a Q) / ‖∇F‖, which may be above 1 when ρ is below.
 - With a Gaussian ε, ‖∇_φ μ‖ has no bound κ_μ, because ‖ψ‖ has none. Its mean square is enough:
-  k̃ ≤ κ_q E‖ψ‖². A policy that is not linear in φ adds the Lipschitz constant of ∇_φ μ times
-  E‖∇_a Q‖ to k̃, and the proposition does not assume that the latter is bounded over all φ.
+  k̃ ≤ κ_q E‖ψ‖². A policy that is not linear in φ adds to k̃ the Lipschitz constant of ∇_φ μ times
+  E‖∇_a Q‖, which the proposition does not assume to be bounded over all φ.
 """
 
 import numpy as np
@@ -131,7 +127,6 @@ costliest = Policy(np.hstack([BEST_K, np.linalg.eigh(best.H)[1] @ np.diag([0.005
 OFFSETS = 0.2 * np.random.default_rng(2).standard_normal((2, 2, 5))
 POLICIES = [costliest, *(Policy(np.hstack([BEST_K, 0.3 * np.eye(2)]) + D) for D in OFFSETS)]
 each_policy = pytest.mark.parametrize("policy", POLICIES, ids=["costliest", "random", "random"])
-each_alpha = pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5, 0.95])
 
 
 @pytest.fixture
@@ -166,14 +161,11 @@ def test_the_action_gradient_is_that_of_q_and_kappa_q_its_lipschitz_constant(pol
 
 
 @each_policy
-def test_the_averaged_gradient_is_that_of_the_empirical_advantage(policy, rng):
+def test_the_averaged_gradient_is_that_of_the_advantage_and_k_its_lipschitz_constant(policy, rng):
     for D in rng.standard_normal((20, 2, 5)):
         slope = (policy.advantage(policy.phi + D) - policy.advantage(policy.phi - D)) / 2
         assert slope == pytest.approx((policy.gradient * D).sum())
 
-
-@each_policy
-def test_k_is_the_smallest_lipschitz_constant_of_the_averaged_gradient(policy, rng):
     def ratio(phi_1, phi_2):
         gradients = [average(policy.action_gradient(STATES, PSI @ p.T)) for p in (phi_1, phi_2)]
         return norm(gradients[0] - gradients[1]) / norm(phi_1 - phi_2)
@@ -185,22 +177,17 @@ def test_k_is_the_smallest_lipschitz_constant_of_the_averaged_gradient(policy, r
 
 
 @each_policy
-@each_alpha
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5, 0.95])
 def test_the_step_of_proposition_1_raises_the_advantage_whatever_the_error(policy, alpha):
+    """And so does every step below 2 / (1 + α) / k̃."""
     eta = policy.step_size(alpha)
-    alphas, advantages = zip(*(policy.ascend(eta, e) for e in policy.errors(alpha, eta)))
-    assert alphas == pytest.approx([alpha] * 303)
-    assert advantages[-1] <= min(advantages) * (1 + 1e-9)  # the last error is the worst
-    assert min(advantages) >= eta * (1 - alpha) / 2 * norm(policy.gradient) ** 2 > 0  # the proof's
-
-
-@each_policy
-@each_alpha
-def test_every_step_below_2_over_k_times_1_plus_alpha_raises_it_too(policy, alpha):
-    for eta in np.array([0.5, 0.99]) * 2 / (1 + alpha) / policy.k:
-        alphas, advantages = zip(*(policy.ascend(eta, e) for e in policy.errors(alpha, eta)))
+    proved = eta * (1 - alpha) / 2 * norm(policy.gradient) ** 2
+    limit = 2 / (1 + alpha) / policy.k
+    for step, least in ((eta, proved), (limit / 2, 0), (0.99 * limit, 0)):
+        alphas, advantages = zip(*(policy.ascend(step, e) for e in policy.errors(alpha, step)))
         assert alphas == pytest.approx([alpha] * 303)
-        assert min(advantages) > 0
+        assert advantages[-1] <= min(advantages) * (1 + 1e-9)  # the last error is the worst
+        assert min(advantages) >= least and min(advantages) > 0
 
 
 @pytest.mark.parametrize("alpha, times", [(0.05, 2.3), (0.2, 3.1), (0.3, 3.8), (0.5, 6.1)])
@@ -208,8 +195,7 @@ def test_a_step_a_few_times_larger_can_lower_the_advantage(alpha, times):
     too_large = alpha * costliest.action_gradients  # a critic whose gradients are 1 + α too large
     eta = costliest.step_size(alpha)
     measured, advantage = costliest.ascend(times * eta, too_large)
-    assert measured == pytest.approx(alpha)
-    assert advantage < 0
+    assert measured == pytest.approx(alpha) and advantage < 0
     assert costliest.ascend(0.95 * times * eta, too_large)[1] > 0
 
 
@@ -218,8 +204,7 @@ def test_a_step_a_few_times_larger_can_lower_the_advantage(alpha, times):
 def test_with_alpha_above_1_an_error_lowers_the_advantage_at_every_step(policy, alpha):
     for eta in np.geomspace(1e-4, 1, 9) / policy.k:
         measured, advantage = policy.ascend(eta, -alpha * policy.action_gradients)
-        assert measured == pytest.approx(alpha)
-        assert advantage < 0
+        assert measured == pytest.approx(alpha) and advantage < 0
 
 
 def test_where_the_gradient_is_zero_the_advantage_of_eq_6_is_not_positive(rng):
@@ -234,8 +219,7 @@ def test_an_error_of_the_action_gradient_that_averages_out_does_no_harm(policy, 
     noise -= PSI @ np.linalg.solve(S, average(noise).T)
     noise *= 100 * rms(policy.action_gradients) / rms(noise)
     alpha, advantage = policy.ascend(policy.step_size(0), noise)
-    assert alpha < 1e-10
-    assert advantage > 0
+    assert alpha < 1e-10 and advantage > 0
 
 
 @each_policy
@@ -255,5 +239,4 @@ def test_an_error_of_the_action_gradient_below_its_size_can_lower_the_advantage(
     assert rms(error) < 0.7 * rms(policy.action_gradients)
     for eta in np.geomspace(1e-4, 1, 9) / policy.k:
         alpha, advantage = policy.ascend(eta, error)
-        assert alpha > 1
-        assert advantage < 0
+        assert alpha > 1 and advantage < 0

@@ -3,28 +3,17 @@
 import copy
 import json
 import math
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, assert_same_run, cosine, graph_of, small, start
+from conftest import ROOT, assert_refused, assert_same_run, cosine, graph_of, small
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from hypernet import CRITICS
-from sac_hyper import (
-    Actor,
-    Agent,
-    Args,
-    act,
-    actor_loss,
-    alpha_loss,
-    critic_loss,
-    explore,
-    update,
-)
+from sac_hyper import Actor, Agent, Args, act, actor_loss, alpha_loss, critic_loss, explore, update
 
 SCRIPT = ROOT / "sac_hyper.py"
 
@@ -75,7 +64,7 @@ def test_log_probability_equals_torch_distributions(reach):
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.7, 0.3), (-1.5, 2.0)])
 def test_density_integrates_to_one_over_the_action_range(mean, std):
     actor = actor_with([mean], [math.log(std)])
-    noise = torch.linspace(-9, 9, 200_001).double().unsqueeze(-1)
+    noise = torch.linspace(-9, 9, 20_001).double().unsqueeze(-1)
     action, log_prob = actor.sample(torch.zeros(len(noise), 3).double(), noise)
     action = action.squeeze(-1)
     assert (action.diff() >= 0).all() and -1 <= action.min() and action.max() <= 1
@@ -83,11 +72,10 @@ def test_density_integrates_to_one_over_the_action_range(mean, std):
 
 
 def test_log_std_is_clamped():
-    for log_std, clamped in ((5.0, 2.0), (-50.0, -20.0)):
-        actor, twin = actor_with([0, 0], [log_std] * 2), actor_with([0, 0], [clamped] * 2)
-        obs, noise = torch.randn(4, 3).double(), torch.randn(4, 2).double()
-        for a, b in zip(actor.sample(obs, noise), twin.sample(obs, noise)):
-            torch.testing.assert_close(a, b)
+    actor = actor_with([0, 0], [5, -50])
+    assert (
+        actor.mean_and_log_std(torch.randn(4, 3).double())[1][0] == torch.tensor([2, -20])
+    ).all()
 
 
 def test_deterministic_action_is_tanh_of_the_mean():
@@ -101,9 +89,12 @@ def test_deterministic_action_is_tanh_of_the_mean():
 
 
 @pytest.mark.parametrize("critic", CRITICS)
-def test_actor_loss_reaches_the_actor_alone(critic):
+def test_each_loss_reaches_its_own_parameters_alone(critic):
     agent, args = make_agent(critic)
     batch, noise = make_batch()
+    loss = critic_loss(agent, batch, noise[0], args)
+    assert graph_of(loss)[0] == {id(p) for p in agent.critics.parameters()}
+    assert graph_of(alpha_loss(agent, torch.randn(10), 2))[0] == {id(agent.log_alpha)}
     loss, log_prob = actor_loss(agent, batch, noise[1], args)
     assert graph_of(loss)[0] == {id(p) for p in agent.actor.parameters()}
     assert not log_prob.requires_grad
@@ -119,15 +110,6 @@ def test_actor_gradient_flows_only_through_the_dynamic_network():
         agent, args = make_agent("sa-hyper", primary_widths=widths)
         nodes.append(graph_of(actor_loss(agent, batch, noise[1], args)[0])[1])
     assert nodes[0] == nodes[1]
-
-
-def test_temperature_and_critic_losses_reach_their_own_parameters_alone():
-    agent, args = make_agent("sa-hyper")
-    batch, noise = make_batch()
-    assert graph_of(alpha_loss(agent, torch.randn(10), 2))[0] == {id(agent.log_alpha)}
-    loss = critic_loss(agent, batch, noise[0], args)
-    assert graph_of(loss)[0] == {id(p) for p in agent.critics.parameters()}
-    assert not any(p.requires_grad for p in agent.target_critics.parameters())
 
 
 @pytest.mark.parametrize("critic", ["mlp", "sa-hyper"])
@@ -149,9 +131,8 @@ def test_losses_equal_their_equations_sample_by_sample(critic):
         expected_actor += (alpha * log_prob.item() - q) / 10
         log_probs.append(log_prob.item())
     batch = (obs, action, reward, next_obs, terminated)
-    assert critic_loss(agent, batch, noise[0], args).item() == pytest.approx(
-        expected_critic, rel=1e-4
-    )
+    loss = critic_loss(agent, batch, noise[0], args)
+    assert loss.item() == pytest.approx(expected_critic, rel=1e-4)
     loss, log_prob = actor_loss(agent, batch, noise[1], args)
     assert loss.item() == pytest.approx(expected_actor, rel=1e-4)
     np.testing.assert_allclose(log_prob.numpy(), log_probs, rtol=1e-4, atol=1e-5)
@@ -162,12 +143,9 @@ def test_losses_equal_their_equations_sample_by_sample(critic):
 def test_temperature_rises_while_the_entropy_is_below_its_target():
     agent, _ = make_agent("mlp")
     for log_prob, sign in ((5.0, 1), (-5.0, -1)):  # entropy -5 and 5, target -2
-        before = agent.log_alpha.item()
-        optimizer = torch.optim.SGD([agent.log_alpha], lr=0.1)
-        optimizer.zero_grad()
-        alpha_loss(agent, torch.full((10,), log_prob), 2).backward()
-        optimizer.step()
-        assert (agent.log_alpha.item() - before) * sign > 0
+        loss = alpha_loss(agent, torch.full((10,), log_prob), 2)
+        (gradient,) = torch.autograd.grad(loss, agent.log_alpha)
+        assert -gradient * sign > 0
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.0])
@@ -217,23 +195,12 @@ def test_bfloat16_critics_have_the_losses_and_gradients_of_float32(critic):
 RUN_DIR = Path("runs/sac_hyper/InvertedPendulum-v4/sa-hyper/seed1")
 
 
-def test_a_killed_run_ends_like_one_never_killed_temperature_included(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), killed.mkdir()
-    assert start(SCRIPT, *small(1200), cwd=whole).wait() == 0
-    for moment in ("half", "2", "3"):
-        script = ROOT / "tests" / "kill_in_checkpoint.py"
-        process = start(script, moment, SCRIPT, *small(1200), cwd=killed)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    process = start(SCRIPT, *small(1200), cwd=killed)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    assert_same_run(killed / RUN_DIR, whole / RUN_DIR, 1200)
-    states = [torch.load(d / RUN_DIR / "checkpoint.pt", weights_only=True) for d in (whole, killed)]
-    first, second = (state["alpha"]["state"][0] for state in states)
-    assert first["step"] > 0 and torch.equal(first["exp_avg_sq"], second["exp_avg_sq"])
-    assert states[0]["agent"]["log_alpha"] == states[1]["agent"]["log_alpha"] != 0
+def test_a_resumed_run_ends_like_one_never_interrupted_temperature_included(run_main):
+    for args in ([*small(600), "--runs-dir", "whole"], small(350), small(600)):
+        assert run_main(SCRIPT, *args).code == 0
+    assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 600)
+    state = torch.load(RUN_DIR / "checkpoint.pt", weights_only=True)
+    assert state["alpha"]["state"][0]["step"] > 300 and state["agent"]["log_alpha"] != 0
 
 
 def test_the_run_is_sac(run_main):

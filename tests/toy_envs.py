@@ -79,6 +79,23 @@ class Typed(Clock):
         return obs.astype(self.obs), reward, np.bool_(terminated), 0, info
 
 
+class Cart(gym.Env):
+    """Is pushed to the origin and stopped there: observation (x, v), reward -x²."""
+
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.v = self.np_random.uniform(-1, 1, 2)
+        return np.float32([self.x, self.v]), {}
+
+    def step(self, action):
+        self.v += 0.4 * action[0]
+        self.x += 0.4 * self.v
+        return np.float32([self.x, self.v]), -(self.x**2), False, False, {}
+
+
 class Spaces(Clock):
     """Never steps: has the spaces it is told to have."""
 
@@ -95,6 +112,7 @@ gym.register("group/SameArray-v0", SameArray, max_episode_steps=5)
 gym.register("Typed-v0", Typed, max_episode_steps=50)
 gym.register("Bounds-v0", Bounds, max_episode_steps=5)
 gym.register("Endless-v0", Clock)
+gym.register("Cart-v0", Cart, max_episode_steps=20)
 gym.register("Dict-v0", Spaces, kwargs={"observation_space": gym.spaces.Dict({"a": BOX})})
 gym.register("Image-v0", Spaces, kwargs={"observation_space": IMAGE})
 unbounded = gym.spaces.Box(-np.inf, np.inf, (2,))
