@@ -51,10 +51,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import sac_hyper  # noqa: E402
-import td3_hyper  # noqa: E402
-from hypernet import CRITICS  # noqa: E402
-from td3_hyper import act, make_env, q_value, stop  # noqa: E402
+import sac_hyper
+import td3_hyper
+from hypernet import CRITICS
+from td3_hyper import act, make_env, q_value, stop
 
 STD = 0.3  # of the actions around π(s), which are in [-1, 1] (released)
 RUN = ["env_id", "critic", "seed"]
@@ -92,6 +92,15 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(file.stem.removeprefix("step_")) for file in run_dir.glob("step_*.pt"))
 
 
+def available(device: str) -> str:
+    """The device, or the CPU where there is no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        return "cpu"
+    return device
+
+
 def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tuple]:
     """(env_id, model, seed) -> (script, its arguments, directory) of each run of the scripts."""
     runs, experiments, names = {}, set(), " or ".join(f"{script.__name__}.py" for script in scripts)
@@ -102,9 +111,9 @@ def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tu
         try:
             saved = json.loads(config.read_text())["args"]
             (script,) = (s for s in scripts if {f.name for f in fields(s.Args)} == set(saved))
-            args = script.Args(**saved | {"device": "cpu", "track": False})
+            args = script.Args(**saved | {"device": available(saved["device"]), "track": False})
         except (OSError, ValueError, KeyError, TypeError):
-            stop(f"{config} does not hold the arguments of a run of {names}")
+            stop(f"{config} does not hold the arguments of a run of {names} of this version")
         if not saved_steps(config.parent):
             stop(f"{config.parent}: no step_N.pt, wait for its end or use --save-every")
         run = (args.env_id, getattr(args, model), args.seed)
@@ -139,16 +148,21 @@ def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict])
     return table
 
 
-def make_envs(run_args, num_states: int, num_actions: int) -> list[gym.Env]:
-    """`num_states + num_actions` copies of an environment; ends here if it does not suit."""
-    envs = [make_env(run_args) for _ in range(num_states + num_actions)]
-    if not isinstance(envs[0].unwrapped, MujocoEnv):
+def check_env(run_args, num_actions: int) -> None:
+    """Ends here if the run's environment does not suit."""
+    env = make_env(run_args)
+    if not isinstance(env.unwrapped, MujocoEnv):
         stop(f"{run_args.env_id} is not an environment of MuJoCo: its state cannot be set")
-    if (envs[0].spec.max_episode_steps or 0) < 1:
+    if (env.spec.max_episode_steps or 0) < 1:
         stop(f"{run_args.env_id} has no time limit: a rollout might never end")
-    dims = envs[0].action_space.shape[0]
+    dims = env.action_space.shape[0]
     if num_actions < dims + 2:
         stop(f"--num-actions must be at least {dims + 2} for the {dims}-dimensional actions")
+
+
+def make_envs(run_args, number: int) -> list[gym.Env]:
+    """Copies of an environment, each after a reset."""
+    envs = [make_env(run_args) for _ in range(number)]
     for env in envs:
         env.reset()
     return envs
@@ -281,10 +295,11 @@ def measure(agent, run_args, envs: list[gym.Env], args: Args, step: int) -> list
     of_critic, rows = critic_gradient(agent, run_args, obs), []
     for i, (env, s, a) in enumerate(zip(state_envs, obs, policy(obs))):
         check_copy(env, *copies[:2], a)
-        rng, estimates = np.random.default_rng([run_args.seed, step, i]), []
+        # 1 + i, because a stream does not change with zeros at the end of its key
+        action_rng, estimates = np.random.default_rng([run_args.seed, step, 1 + i]), []
         for _ in range(1 + args.repeat):
             copy_state(env, copies)
-            epsilon = rng.standard_normal((len(copies), len(a)), dtype=np.float32)
+            epsilon = action_rng.standard_normal((len(copies), len(a)), dtype=np.float32)
             actions = (a + STD * epsilon).clip(-1, 1)
             rollouts = (copies, s, actions, policy, value, run_args.gamma, args.hold)
             estimates.append(estimate_gradient(actions, discounted_returns(*rollouts)))
@@ -312,6 +327,8 @@ def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
         axis.set(xlabel="environment steps", ylabel="states (%)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.locator_params(axis="x", nbins=5)
+    for axis in (threshold, quarter, three_quarters):
+        axis.set_ylim(bottom=0)
     threshold.set(title="(a) states above τ, all steps", xlabel="threshold τ", xlim=(0, 1))
     quarter.set(title="(b) states above τ = 0.25")
     three_quarters.set(title="(c) states above τ = 0.75")
@@ -339,7 +356,8 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)  # batches of 15 gain nothing from more, and wait for busy cores
     mujoco.set_mju_user_warning(lambda message: None)  # each copy would repeat them
     runs = find_runs(args.runs, "critic", td3_hyper, sac_hyper)
-    _, run_args, _ = next(iter(runs.values()))
+    for _, run_args, _ in runs.values():
+        check_env(run_args, args.num_actions)
     settings = {name: (vars(args) | vars(run_args))[name] for name in SETTINGS}
     file = args.out / "gradient_accuracy.csv"
     rows = read_table(file, COLUMNS, settings)
@@ -348,7 +366,7 @@ def main(args: Args) -> None:
     todo = [checkpoint for checkpoint in saved if checkpoint not in measured]
     for *run, step in (bar := tqdm(todo, disable=None)):  # a bar on a terminal
         script, run_args, run_dir = runs[tuple(run)]
-        envs = make_envs(run_args, args.num_states, args.num_actions)
+        envs = make_envs(run_args, args.num_states + args.num_actions)
         spaces = envs[0].observation_space, envs[0].action_space
         agent = script.Agent(*(space.shape[0] for space in spaces), run_args)
         load(agent, run_dir, step)

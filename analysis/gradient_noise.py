@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import maml_hyper  # noqa: E402
-from hypernet import keep_freed_memory, tune  # noqa: E402
-from meta_envs import MetaVectorEnv, sample_goals  # noqa: E402
+import maml_hyper
+from hypernet import keep_freed_memory, tune
+from meta_envs import MetaVectorEnv, sample_goals
 
 KEY = ["env_id", "model", "seed", "iteration", "update"]
 COLUMNS = [*KEY, "pre_return", "post_return", "kl", "exp_name"]  # a table has one experiment
@@ -85,14 +85,18 @@ class Task:
         """The test returns and the KL divergence of one update from the stored weights."""
         args, policy = self.args, self.policy
         policy.load_state_dict(weights)
-        rng = np.random.default_rng([args.seed, iteration, update])
+        # 1 + update, because [seed, 0, 0] would be the stream of the run itself, default_rng(seed)
+        rng = np.random.default_rng([args.seed, iteration, 1 + update])
         self.envs.set_goals(rng.choice(self.train_goals, args.meta_batch_size, replace=False))
         rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, self.envs, rng, args)
         post = maml_hyper.make_batch(rollouts[-1], args)
         result = maml_hyper.update(policy, maml_hyper.Episodes(pre, steps, post), args)
+        if "kl" not in result:
+            place = f"update {update} at iteration {iteration}"
+            maml_hyper.stop(f"the gradient of {place} is not finite", code=1)
         returns = maml_hyper.evaluate(policy, self.test_envs, args)
         pre, post = returns["pre"].mean(), returns.get("post", returns["pre"]).mean()
-        return {"pre_return": pre, "post_return": post, "kl": result.get("kl", np.nan)}
+        return {"pre_return": pre, "post_return": post, "kl": result["kl"]}
 
 
 def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
@@ -128,13 +132,15 @@ def main(args: Args) -> None:
     measured = {tuple(row[name] for name in KEY) for row in rows}
     keep_freed_memory()
     for run, (_, run_args, run_dir) in sorted(runs.items()):
-        run_args.device = "cuda" if torch.cuda.is_available() else "cpu"
         tune(run_args.device, run_args.precision)
-        task, chosen = Task(run_args), chosen_iterations(run_dir, args.num_checkpoints)
+        task, chosen = None, chosen_iterations(run_dir, args.num_checkpoints)
         print(f"{run_dir}: {len(chosen)} of its {len(saved_steps(run_dir))} stored policies")
         for iteration in chosen:
             keys = [(*run, iteration, update) for update in range(args.num_updates)]
             todo = [key for key in keys if key not in measured]
+            if not todo:
+                continue
+            task = task or Task(run_args)
             weights = load(task.policy, run_dir, iteration)
             for key in tqdm(todo, desc=" ".join(map(str, keys[0][:4])), disable=None):
                 new = task.measure(weights, iteration, update=key[-1])

@@ -43,8 +43,8 @@ import tyro
 from scipy import stats
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import EngFormatter  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 RUN = ["exp_name", "env_id", "model", "seed"]  # the folders of a run
 ENV, CURVE = RUN[:2], [*RUN[:3], "split", "phase"]
@@ -135,8 +135,8 @@ def cut(runs: pd.DataFrame) -> pd.DataFrame:
         if not common:
             stop(f"{exp_name}/{env_id}: the runs have no evaluation step in common")
         if common != set.union(*times):
-            last = f"{len(common)} up to {max(common)}"
-            note(f"{exp_name}/{env_id}: cut to the evaluations that all runs have, {last}")
+            used = f"only the {len(common)} evaluations that all runs have are used"
+            note(f"{exp_name}/{env_id}: {used}, the last at {max(common)}")
         kept.append(group[group.time.isin(common)])
     return pd.concat(kept)
 

@@ -57,9 +57,22 @@ def print_row(*cells: object) -> None:
     print(f"| {' | '.join(texts)} |", flush=True)
 
 
+def at_least_1(flag: str, *numbers: int) -> None:
+    for number in numbers:
+        if number < 1:
+            stop(f"{flag} {number}: must be at least 1")
+
+
+def make_args(script, **options):
+    """The arguments of a run on the CPU; ends here if one is out of range."""
+    try:
+        return script.Args(device="cpu", **options)
+    except ValueError as error:
+        stop(str(error))
+
+
 def print_head(rounds: int, title: str, *columns: str) -> None:
-    if rounds < 1:
-        raise ValueError(f"--rounds {rounds}: must be at least 1")
+    at_least_1("--rounds", rounds)
     print(f"\n{title}; {THREADS} threads, PyTorch {torch.__version__}\n")
     print_row(*columns)
     print_row(*["---"] * len(columns))
@@ -181,7 +194,7 @@ def print_updates(script, rows: list[dict], rounds: int, title: str, **sizes) ->
     title = f"Milliseconds of an update of {script.__name__}.py, {title}"
     print_head(rounds, title, *rows[0], "plain", "ours", "bfloat16", *floor, "plain / ours")
     for row in rows:
-        run_args = script.Args(device="cpu", **sizes, **row)
+        run_args = make_args(script, **sizes, **row)
         functions = {"plain": two_updates(script, run_args, plain=True)[0]}
         functions["ours"], optimizers = two_updates(script, run_args)
         functions["bfloat16"], _ = two_updates(script, replace(run_args, precision="bfloat16"))
@@ -194,7 +207,7 @@ def print_updates(script, rows: list[dict], rounds: int, title: str, **sizes) ->
         print_row(*row.values(), *ms, f"{ms[0] / ms[1]:.2f}")
 
 
-def critics(
+def off_policy(
     script,
     critics: tuple[Literal[CRITICS], ...] = SLOW_AND_MLP,
     batch_sizes: Counts = (100, 256),
@@ -245,6 +258,7 @@ def maml(num_goals: Counts = (40,), primary_widths: Counts = FULL_SIZE, rounds: 
         maml_hyper.update(policy, maml_hyper.Episodes(pre, steps, post), run_args)
         return [*(seconds[phase] for phase in PHASES), time.perf_counter() - start]
 
+    at_least_1("--num-goals", *num_goals)
     keep_freed_memory()
     title = f"Seconds of an iteration of maml_hyper.py, {FWD_BACK}, in its functions"
     print_head(rounds, title, "model", "goals", *PHASES, "whole")
@@ -254,7 +268,7 @@ def maml(num_goals: Counts = (40,), primary_widths: Counts = FULL_SIZE, rounds: 
         goals = sample_goals(FWD_BACK, T, rng)
         sizes = {"num_train_goals": T, "meta_batch_size": T, "primary_widths": primary_widths}
         for name, options in MAML_ROWS.items():
-            run_args = maml_hyper.Args(device="cpu", **sizes, **options)
+            run_args = make_args(maml_hyper, **sizes, **options)
             simulation = (run_args.episodes_per_goal, THREADS, run_args.horizon)
             envs = MetaVectorEnv(FWD_BACK, goals, *simulation)
             test_envs = MetaVectorEnv(FWD_BACK, goals[: (T + 1) // 2], *simulation)
@@ -276,6 +290,7 @@ def step_all(envs, policy: maml_hyper.Policy, num_tasks: int, num_steps: int) ->
 
 def sampling(num_goals: Counts = (5, 40, 100), rounds: int = 5) -> None:
     """Environment steps a second of the batched tasks, 20 episodes a goal."""
+    at_least_1("--num-goals", *num_goals)
     columns = ("MetaVectorEnv", "SyncVectorEnv of 40", "AsyncVectorEnv of 2", "/ Sync", "/ Async")
     title = "Environment steps a second with the actions of MAML's context policy"
     print_head(rounds, title, "family", "simulations", *columns)
@@ -283,7 +298,7 @@ def sampling(num_goals: Counts = (5, 40, 100), rounds: int = 5) -> None:
         make = [lambda env_id=env_id: gym.make(env_id, goal=1.0)]
         sync, workers = gym.vector.SyncVectorEnv(make * 40), gym.vector.AsyncVectorEnv(make * 2)
         dims = sync.single_observation_space.shape + sync.single_action_space.shape
-        policy = maml_hyper.Policy(*dims, maml_hyper.Args(model="context", device="cpu"))
+        policy = maml_hyper.Policy(*dims, make_args(maml_hyper, model="context"))
         for T in num_goals:
             batched = MetaVectorEnv(env_id, [1.0] * T, 20, THREADS)
             turns = [(batched, T, max(20, 20_000 // batched.num_envs))]
@@ -324,6 +339,7 @@ def collection(
     num_goals: Counts = (60,), primary_widths: Counts = FULL_SIZE, rounds: int = 5
 ) -> None:
     """Environment steps a second of PEARL's collection, in 5 tasks, and of its evaluation."""
+    at_least_1("--num-goals", *num_goals)
     columns = ("model", "what", "side by side", "one trajectory at a time", "times")
     print_head(rounds, f"Environment steps a second of pearl_hyper.py, {VEL}", *columns)
     env, evaluate = gym.make(VEL, goal=1.0), pearl_hyper.evaluate
@@ -333,14 +349,16 @@ def collection(
         eval_envs = MetaVectorEnv(VEL, goals, 1, THREADS)
         for model in ("mlp", "hyper"):
             sizes = {"env_id": VEL, "primary_widths": primary_widths}
-            run_args = pearl_hyper.Args(model=model, device="cpu", **sizes)
+            run_args = make_args(pearl_hyper, model=model, **sizes)
             agent = pearl_hyper.Agent(*CHEETAH, run_args)
             for what, steps, function, slots in (
                 ("collection, 5 goals", 5 * 1_000, collect, envs),
                 (f"evaluation, {T} goals", 3 * HORIZON * T, evaluate, eval_envs),
             ):
                 ours = partial(function, agent, slots, run_args)
-                alone = partial(one_trajectory, agent.policy, env, function is evaluate)
+                alone = partial(
+                    one_trajectory, agent.policy, env, deterministic=function is evaluate
+                )
                 seconds = median_seconds(rounds, ours=ours, alone=alone)
                 rates = steps / seconds["ours"], HORIZON / seconds["alone"]
                 print_row(model, what, *(f"{rate:,.0f}" for rate in rates), rates[0] / rates[1])
@@ -349,7 +367,7 @@ def collection(
 def one_of_two_runs(seconds: float, primary_widths: tuple[int, ...]) -> None:
     """Prints the mean milliseconds of an update of TD3, once a line on stdin says to start."""
     tune("cpu", "float32")
-    run_args = td3_hyper.Args(critic="sa-hyper", primary_widths=primary_widths, device="cpu")
+    run_args = make_args(td3_hyper, critic="sa-hyper", primary_widths=primary_widths)
     updates, _ = two_updates(td3_hyper, run_args)
     updates()
     print("ready", flush=True)
@@ -392,10 +410,6 @@ def cores(primary_widths: Counts = FULL_SIZE, rounds: int = 5) -> None:
 if __name__ == "__main__":
     gym.logger.min_level = gym.logger.ERROR
     tune("cpu", "float32")
-    updates = {"td3": partial(critics, td3_hyper), "sac": partial(critics, sac_hyper)}
-    tables = [pearl, maml, sampling, collection, cores]
-    commands = updates | {table.__name__: table for table in tables}
-    try:
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    except ValueError as error:
-        stop(str(error))
+    commands = {"td3": partial(off_policy, td3_hyper), "sac": partial(off_policy, sac_hyper)}
+    commands |= {table.__name__: table for table in (pearl, maml, sampling, collection, cores)}
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

@@ -83,7 +83,7 @@ def find_run(args: Args):
         (script,) = (s for s in scripts if {f.name for f in fields(s.Args)} == set(saved))
         run_args = script.Args(**saved | {"device": "cpu", "track": False})
     except (ValueError, KeyError, TypeError):
-        stop(f"{config} does not hold the arguments of a run of one of the four scripts")
+        stop(f"{config} does not hold the arguments of a run of this version's four scripts")
     steps = sorted(int(file.stem.removeprefix("step_")) for file in args.run_dir.glob("step_*.pt"))
     if not steps:
         stop(f"{args.run_dir} has no step_N.pt yet: wait for its end or train with --save-every")
@@ -141,9 +141,12 @@ def main(args: Args) -> None:
         stop(f"--goal is for runs of MAML and PEARL, {args.run_dir} is one of {script.__name__}.py")
     if args.adapt and script is not maml_hyper:
         stop(f"--adapt is for runs of MAML, {args.run_dir} is one of {script.__name__}.py")
+    if args.adapt and not run_args.num_adapt_steps:
+        stop(f"--adapt: {args.run_dir} was trained with --num-adapt-steps 0, it does not adapt")
     glfw.ERROR_REPORTING = "ignore"
-    if args.human and not glfw.init():
-        stop("--human needs a display; --video FILE.mp4 does without")
+    if args.human and not (glfw.init() and glfw.create_window(1, 1, "", None, None)):
+        stop("--human needs a display with OpenGL; --video FILE.mp4 does without")
+    glfw.terminate()
     if args.video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display
     options = {"render_mode": "human" if args.human else "rgb_array" if args.video else None}
@@ -159,8 +162,8 @@ def main(args: Args) -> None:
     else:
         env = script.make_env(run_args, **options)
 
+    env.reset(seed=run_args.seed + 100)
     try:
-        env.reset(seed=run_args.seed + 100)
         if args.video:
             env.render().shape  # noqa: B018, fails if there is no picture
     except Exception as error:  # of many kinds, from several libraries

@@ -14,12 +14,12 @@ from conftest import ROOT, assert_refused, files
 
 sys.path.insert(0, str(ROOT / "analysis"))
 
-import gradient_accuracy as ga  # noqa: E402
+import gradient_accuracy as ga
 
-import maml_hyper  # noqa: E402
-import sac_hyper  # noqa: E402
-import td3_hyper  # noqa: E402
-from hypernet import CRITICS  # noqa: E402
+import maml_hyper
+import sac_hyper
+import td3_hyper
+from hypernet import CRITICS
 
 SCRIPT = ROOT / "analysis" / "gradient_accuracy.py"
 SMALL = ["--num-states", 2, "--num-actions", 6, "--out"]
@@ -291,7 +291,7 @@ def measure_linear_returns(monkeypatch, noise: float, action: list[float]) -> tu
     agent, run_args = make_agent(action, gamma=0.9)
     agent.critics[0] = Slope()
     args = ga.Args((Path(),), num_states=200, num_actions=60, hold=4, repeat=True)
-    source, *copies = ga.make_envs(run_args, 1, 5)
+    source, *copies = ga.make_envs(run_args, 6)
     envs = [source] * 200 + copies * 12
     return pd.DataFrame(ga.measure(agent, run_args, envs, args, step=0)), np.array(drawn)
 
@@ -326,6 +326,7 @@ def test_the_picture_shows_the_four_panels_of_fig_3(monkeypatch, tmp_path):
     monkeypatch.setattr(ga.plt, "close", lambda figure: None)
     ga.plot("Hopper-v4", table, tmp_path / "picture.png")
     threshold, quarter, three_quarters, mean = ga.plt.gcf().axes
+    assert [axis.get_ylim()[0] for axis in (threshold, quarter, three_quarters)] == [0, 0, 0]
     assert [line.get_label() for line in threshold.lines] == ["mlp (1)", "sa-hyper (2)"]
     tau, share = threshold.lines[1].get_data()
     assert [share[tau == t].item() for t in (0, 0.25, 0.5, 1)] == [75, 75, 25, 0]
@@ -336,6 +337,11 @@ def test_the_picture_shows_the_four_panels_of_fig_3(monkeypatch, tmp_path):
     low, high = mean.collections[1].get_datalim(mean.transData).intervaly
     assert (low, high) == (-0.625, 0.875)
     ga.plt.close("all")
+
+
+def test_the_device_is_that_of_the_run_where_there_is_one():
+    assert ga.available("meta") == "meta"  # a device that is everywhere
+    assert ga.available("cuda:99") == "cpu"
 
 
 def make_run(run_dir: Path, *steps: int, script=td3_hyper, **arguments) -> Path:
@@ -441,9 +447,9 @@ def test_bad_use_ends_with_a_message_and_writes_no_table(run_main):
     for args, *words in [
         ("", "run directories"),
         ("good nowhere", "nowhere", "config.json"),
-        ("maml", "maml/config.json", "td3_hyper.py or sac_hyper.py"),
+        ("maml", "maml/config.json", "td3_hyper.py or sac_hyper.py of this version"),
         ("unsaved", "unsaved", "--save-every"),
-        ("toy", "toy_envs:Truncating-v0", "MuJoCo"),
+        ("good toy", "toy_envs:Truncating-v0", "MuJoCo"),  # before anything is measured
         ("endless", "no time limit"),
         ("copies", "copies/a", "copies/b", "are both"),
         ("experiments", "other and td3_hyper: give"),

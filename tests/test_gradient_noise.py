@@ -18,7 +18,7 @@ from meta_envs import MetaVectorEnv, sample_goals
 
 sys.path.insert(0, str(ROOT / "analysis"))
 
-import gradient_noise  # noqa: E402
+import gradient_noise
 
 SCRIPT = ROOT / "analysis" / "gradient_noise.py"
 FAMILY = Path("runs/maml_hyper/HalfCheetahFwdBack-v0")
@@ -57,7 +57,7 @@ def test_every_update_starts_from_the_stored_policy_with_episodes_of_its_own(run
     test_goals = sample_goals(args.env_id, 2, rng, "test")
     policy = maml_hyper.Policy(20, 6, args)
     policy.load_state_dict(torch.load(run_dir / "step_4.pt", weights_only=True))
-    rng = np.random.default_rng([1, 4, 1])
+    rng = np.random.default_rng([1, 4, 2])
     envs = MetaVectorEnv(args.env_id, rng.choice(train_goals, 3, replace=False), 2, 1, 8)
     rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, envs, rng, args)
     episodes = maml_hyper.Episodes(pre, steps, maml_hyper.make_batch(rollouts[1], args))
@@ -81,6 +81,19 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_experiments_table(run_m
     assert_refused(run_main(SCRIPT, other, "--out", "out"), "another exp_name than second")
     assert_refused(run_main(SCRIPT, "runs"), "maml_hyper and second: give")
     assert Path("out/gradient_noise.csv").read_text() == whole
+
+
+def test_a_gradient_that_is_not_finite_ends_it_and_is_not_recorded(run_main, monkeypatch):
+    run_dir, update, updates = make_run("vanilla", 5), maml_hyper.update, []
+
+    def second_fails(*inputs):
+        updates.append(inputs)
+        return update(*inputs) if len(updates) == 1 else {"gradient_norm": np.nan}
+
+    monkeypatch.setattr(maml_hyper, "update", second_fails)
+    finished = run_main(SCRIPT, run_dir, "--out", "out")
+    assert_refused(finished, "the gradient of update 1 at iteration 5 is not finite", code=1)
+    assert list(pd.read_csv("out/gradient_noise.csv")["update"]) == [0]
 
 
 def test_a_violin_is_of_one_run(monkeypatch, tmp_path):

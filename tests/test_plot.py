@@ -165,7 +165,7 @@ def test_other_lengths_are_cut_and_only_where_a_baseline_learned_there_are_score
     finished = run_main(SCRIPT, td3, "--out", "out")
     for note in (
         "unfinished: td3_hyper/Hard-v0/mlp/seed1, evaluated up to 10",
-        "td3_hyper/Hard-v0: cut to the evaluations that all runs have, 2 up to 10",
+        "td3_hyper/Hard-v0: only the 2 evaluations that all runs have are used, the last at 10",
         "td3_hyper/Flat-v0: no mlp that learned",
         "other/New-v0: no baseline that learned",
     ):

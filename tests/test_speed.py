@@ -78,6 +78,8 @@ def test_two_runs_on_two_cores(capsys, monkeypatch):
         (["td3", "--batch-sizes", 0], "--batch-size 0: must be at least 1"),
         (["td3", "--critics", "magic"], "invalid choice"),
         (["maml", "--num-goals", 0], "at least 1"),
+        (["sampling", "--num-goals", 0], "--num-goals 0: must be at least 1"),
+        (["collection", "--num-goals", 0], "--num-goals 0: must be at least 1"),
         (["everything"], "Available subcommands"),
     ],
 )

@@ -163,5 +163,6 @@ def test_bad_use(run_main, monkeypatch):
     assert_refused(run_main(SCRIPT, run_dir), "no step_N.pt yet")
     (run_dir / "config.json").write_text('{"args": {"colour": "red"}}')
     assert_refused(run_main(SCRIPT, run_dir), "does not hold the arguments of a run")
-    maml = train(run_main, "maml_hyper")
+    maml = train(run_main, "maml_hyper", "--num-adapt-steps", 0)
     assert_refused(run_main(SCRIPT, maml, "--goal", "nan"), "--goal nan", "finite")
+    assert_refused(run_main(SCRIPT, maml, "--adapt"), "was trained with --num-adapt-steps 0")
