@@ -521,7 +521,8 @@ class Run:
         self.log(step, "eval", means)
         self.log(step, "charts", {"SPS": sps})  # environment steps per second
         text = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
-        self.bar.write(f"{self.unit} {step}: {text} ({sps:.0f} environment steps per second)")
+        speed = f" ({sps:.0f} environment steps per second)" if sps else ""
+        self.bar.write(f"{self.unit} {step}: {text}{speed}")
         sys.stdout.flush()
 
     def advance(self, env_steps: int) -> None:

@@ -168,8 +168,8 @@ def main(args: Args) -> None:
             env.render().shape  # noqa: B018, fails if there is no picture
     except Exception as error:  # of many kinds, from several libraries
         sys.unraisablehook = lambda _: None  # Gymnasium's viewer fails again when it is deleted
-        hint = "on Debian, apt-get install libegl1 libgl1-mesa-dri"
-        stop(f"{run_args.env_id} cannot be drawn; {hint} ({error or type(error).__name__})")
+        hint = "MuJoCo needs OpenGL: on Debian, apt-get install libegl1 libgl1-mesa-dri"
+        stop(f"{run_args.env_id} cannot be drawn: {error or type(error).__name__} ({hint})")
 
     dims = env.observation_space.shape[0], env.action_space.shape[0]
     networks = (maml_hyper.Policy if script is maml_hyper else script.Agent)(*dims, run_args)
