@@ -274,10 +274,10 @@ def test_slurm_resumes_what_was_preempted_and_a_run_that_is_queued_twice_is_harm
     assert benchmark(folder, "--slurm", "--partition=none", env=env).code == 2
     args = ["--jobs", "1", "--slurm", "-p", "low", "--mem=1", "--"]
     args += ["--total-timesteps", "2000", "--eval-every", "1000", "--checkpoint-every", "100"]
-    for job, critics in ((1, "(mlp|mlp-small)"), (2, "mlp")):
+    for critics in ("(mlp|mlp-small)", "mlp"):
         only = "--smoke", "--only", f"td3.*Hopper-v4.*--critic {critics} "
         finished = benchmark(folder, *only, *args, env=env)
-        assert finished.code == 0 and f"Submitted batch job {job}\n" in finished.out, finished
+        assert finished.code == 0 and "Submitted batch job" in finished.out, finished
     run_dir = folder / "smoke/td3_hyper/Hopper-v4/mlp/seed1"
     log = run_dir.with_name("seed1.log")
 

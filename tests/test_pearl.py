@@ -570,7 +570,7 @@ def test_bad_use_is_refused_and_leaves_nothing_behind(run_main, tmp_path):
         ("--num-posterior-steps", -1, "must be at least 0"),
         ("--tau", 1.5, "must be at most 1"),
     ):
-        assert_refused(run_main(SCRIPT, flag, value), f"{flag} {value}", word)
+        assert_refused(run_main(SCRIPT, flag, value), flag, str(value), word)
     assert list(tmp_path.iterdir()) == []
 
 
