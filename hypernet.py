@@ -73,9 +73,10 @@ class Head(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        W = self.W(latent).unflatten(-1, self.shape)
         # b and 1 + g in full precision, also where autocast makes the matrix products bfloat16
         b, g = (linear(latent).to(linear.weight.dtype) for linear in (self.b, self.g))
-        return self.W(latent).unflatten(-1, self.shape), b, g
+        return W, b, g
 
 
 class HyperNetwork(nn.Module):
