@@ -13,8 +13,6 @@ In the help, (paper) marks a value from the paper and (released) one from the au
 """
 
 import contextlib
-import errno
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -41,6 +39,7 @@ import tyro
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -281,19 +280,12 @@ class Episodes(NamedTuple):
 CHUNK = 20_000  # samples that go through a policy at once, which bounds the memory
 
 
-def take(rows: Batch | WeightStep | RankOneStep, tasks: slice) -> Batch | WeightStep | RankOneStep:
-    return type(rows)(*(x[tasks] for x in rows))
-
-
 def split_tasks(episodes: Episodes) -> list[Episodes]:
     """The tasks in chunks of at most `CHUNK` samples, or of one task."""
     T, N = episodes.post.weight.shape
-    size, chunks = max(1, CHUNK // N), []
-    for tasks in (slice(i, i + size) for i in range(0, T, size)):
-        pre = [take(batch, tasks) for batch in episodes.pre]
-        steps = [{layer: take(s, tasks) for layer, s in step.items()} for step in episodes.steps]
-        chunks.append(Episodes(pre, steps, take(episodes.post, tasks)))
-    return chunks
+    size = max(1, CHUNK // N)
+    slices = [slice(i, i + size) for i in range(0, T, size)]
+    return [tree_map(lambda x, tasks=tasks: x[tasks], episodes) for tasks in slices]
 
 
 def by_name(policy: Policy, theta: Tensor) -> dict[str, Tensor]:
@@ -504,11 +496,7 @@ def adapt_and_sample(
             inner_step(policy, theta, chunk.steps, chunk.post, args)
             for chunk in split_tasks(Episodes([], steps, batches[-1]))
         ]
-        step = {
-            layer: type(first)(*(torch.cat(x).detach() for x in zip(*(p[layer] for p in parts))))
-            for layer, first in parts[0].items()
-        }
-        steps.append(step)
+        steps.append(tree_map(lambda *tasks: torch.cat(tasks).detach(), *parts))
         rollouts.append(sample(policy, steps, envs, rng, args))
     return rollouts, batches, steps
 
@@ -569,7 +557,8 @@ def train(args: Args) -> None:
         run.log(iteration, "losses", losses)
         run.log(iteration, "charts", {f"{p}_return": r.mean() for p, r in train_returns.items()})
         iteration += 1
-        run.advance(env_steps=sum(int(rollout.alive.sum()) for rollout in rollouts))
+        run.env_steps += sum(int(rollout.alive.sum()) for rollout in rollouts)
+        run.bar.update()
 
     run.finish(means | {"env_steps": run.env_steps})
 
@@ -584,12 +573,6 @@ def stop(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr; code 2 means bad use, 1 a run that went wrong."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-@functools.cache
-def warn(message: str) -> None:
-    """Prints a warning on stderr, once."""
-    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None:
@@ -637,9 +620,8 @@ class Run:
     are logged after checkpoint N, so that a run resumed from it logs them again, and none twice.
     """
 
-    # Arguments that may differ when a run is resumed, since they do not affect the numbers
-    FREE = ("total_timesteps", "num_iterations", "runs_dir", "track")
-    FREE += ("checkpoint_every", "save_every")
+    # Arguments that do not affect the numbers, so that a run may be resumed with others
+    FREE = "total_timesteps num_iterations runs_dir track checkpoint_every save_every".split()
 
     def __init__(self, args, model: str, total: int, columns: str):
         """Locks the directory; ends here if another process has it."""
@@ -661,9 +643,10 @@ class Run:
 
         Ends here if the run is complete or if the checkpoint was made with other arguments.
         """
-        self.rng, self.parts, self.env_steps, self.saved = rng, parts, 0, -math.inf
+        self.rng, self.parts, self.env_steps = rng, parts, 0
         self.config = json.loads(json.dumps(asdict(self.args)))
         summary, step = self.dir / "summary.json", 0
+        self.saved = -self.args.checkpoint_every
         if checkpoint := self.load_checkpoint():
             old, step = checkpoint["args"], checkpoint["step"]
             differ = [n for n in self.config if n not in self.FREE and old.get(n) != self.config[n]]
@@ -685,8 +668,7 @@ class Run:
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
         versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
-        here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
-        versions["git"] = subprocess.run("git rev-parse HEAD", **here).stdout.strip()
+        versions["git"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
         write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
         print(f"{self.dir}: {self.unit} {step} of {self.total}", flush=True)
@@ -710,7 +692,7 @@ class Run:
                     raise ValueError("wrong checksum")
                 return torch.load(file, map_location="cpu", weights_only=True) | {"file": file}
             except Exception as error:  # many kinds, depending on where the damage is
-                warn(f"{file} is damaged ({error})")
+                print(f"warning: {file} is damaged ({error})", file=sys.stderr)
         if any(file.exists() for file in (*files, self.dir / "summary.json")):
             stop(f"no intact checkpoint in {self.dir}; remove the directory to start afresh")
         return None
@@ -752,16 +734,11 @@ class Run:
         write(self.dir / "eval.csv", self.eval_csv)
         sps = (self.env_steps - self.first_env_steps) / (time.perf_counter() - self.clock)
         self.log(step, "eval", means)
-        self.log(step, "charts", {"SPS": sps})  # environment steps per second
+        self.log(step, "charts", {"SPS": sps})
         text = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
         speed = f" ({sps:.0f} environment steps per second)" if sps else ""
         self.bar.write(f"{self.unit} {step}: {text}{speed}")
         sys.stdout.flush()
-
-    def advance(self, env_steps: int) -> None:
-        """Counts one step, which took `env_steps` environment steps."""
-        self.env_steps += env_steps
-        self.bar.update()
 
     def finish(self, results: dict[str, float]) -> None:
         """Marks the run as complete."""
@@ -777,7 +754,5 @@ if __name__ == "__main__":
     tune(args.device, args.precision)
     try:
         train(args)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        stop(f"the disk is full: {error}", code=1)
+    except OSError as error:  # the disk is full, say
+        stop(str(error), code=1)

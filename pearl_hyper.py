@@ -11,7 +11,6 @@ In the help, (paper) marks a value from the paper and (released) one from the au
 """
 
 import copy
-import errno
 import functools
 import importlib.metadata
 import importlib.util
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hypernet import HyperNetwork, tune
+from hypernet import CudaGraph, HyperNetwork, tune
 from meta_envs import FAMILIES, MetaVectorEnv, sample_goals
 
 
@@ -117,6 +116,8 @@ class Args:
     """arithmetic inside policy and critics; weights, losses and encoder are always float32"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """where the networks and the replay buffers live"""
+    cuda_graph: bool = False
+    """on a GPU, record the update once and replay it, which saves launching its kernels"""
     runs_dir: str = "runs"
     """the run goes to RUNS_DIR/EXP_NAME/ENV_ID/MODEL/seedSEED, or MODEL-oracle with the oracle"""
     exp_name: str = "pearl_hyper"
@@ -132,15 +133,16 @@ class Args:
             if getattr(self, name) is None:
                 setattr(self, name, default)
         check_args(self, ("seed", "save_every", "num_posterior_steps"), shares=("gamma", "tau"))
+        if self.cuda_graph and not self.device.startswith("cuda"):
+            raise ValueError("--cuda-graph needs --device cuda")
 
 
-# What None stands for (released)
 # fmt: off
 FAMILY_ARGS = ("num_train_goals", "num_test_goals", "num_prior_steps", "num_posterior_steps",
                "num_train_steps", "meta_batch_size", "context_batch_size", "eval_episodes")
 FAMILY_DEFAULTS = {"HalfCheetahFwdBack-v0": (2, 2, 1000, 1000, 2000, 4, 256, 4),
                    "AntFwdBack-v0": (2, 2, 400, 600, 4000, 4, 256, 2)}
-VELOCITY_DEFAULTS = (100, 30, 400, 600, 2000, 16, 100, 1)  # of the three other families
+VELOCITY_DEFAULTS = (100, 30, 400, 600, 2000, 16, 100, 1)  # of the other families (released)
 # fmt: on
 
 
@@ -278,10 +280,8 @@ class Agent(nn.Module):
 def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Optimizer]:
     rates = {"q": args.critic_lr, "v": args.critic_lr, "policy": args.policy_lr}
     rates |= {"encoder": args.encoder_lr} if agent.encoder else {}
-    return {
-        name: torch.optim.Adam(getattr(agent, name).parameters(), lr, fused=True)
-        for name, lr in rates.items()
-    }
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
+    return {name: adam(getattr(agent, name).parameters(), lr) for name, lr in rates.items()}
 
 
 class Batch(NamedTuple):
@@ -412,14 +412,6 @@ class Tasks(NamedTuple):
     encoder_buffer: ReplayBuffer  # obs, action, reward of the latest ones with z from the prior
 
 
-def make_tasks(goals: np.ndarray, obs_dim: int, action_dim: int, args: Args) -> Tasks:
-    """Tasks with these goals and empty buffers."""
-    widths = (obs_dim, action_dim, 1, obs_dim, 1), (obs_dim + action_dim + 1,)
-    return Tasks(
-        goals, *(ReplayBuffer(len(goals), w, args.buffer_size, args.device) for w in widths)
-    )
-
-
 def sample_batch(tasks: Tasks, rng: np.random.Generator, args: Args) -> Batch:
     """Transitions of random train tasks, and a context from their latest collection."""
     chosen = rng.integers(args.num_train_goals, size=args.meta_batch_size)
@@ -444,10 +436,7 @@ def goal_tensor(goals: np.ndarray, args: Args) -> Tensor:
 def sample_z(
     agent: Agent, goals: np.ndarray, context: Tensor | None, rng: np.random.Generator, args: Args
 ) -> Tensor:
-    """z of T trajectories: (T, z)
-
-    From the prior without context, else from the posterior; the goal itself with the oracle.
-    """
+    """z (T, z) of T trajectories: from the prior, or from the posterior if there is a context."""
     if args.context == "oracle":
         return goal_tensor(goals, args)
     z = normal(rng, len(goals), args.latent_dim, device=args.device)
@@ -504,9 +493,8 @@ def collect(
     """Adds whole trajectories, at least `num_steps` in each of the tasks with these indices (T,).
 
     Each trajectory has its own z, from the prior, or from the posterior of transitions drawn anew.
-    Only those from the prior enter the encoder's buffer, so no trajectory waits for another: all
-    run side by side, and again where some ended so early that steps are missing. Returns the number
-    of environment steps.
+    Only those from the prior enter the encoder's buffer, so all run side by side, and again where
+    some ended so early that steps are missing. Returns the number of environment steps.
     """
     envs.set_goals(tasks.goals[chosen])
     slot_tasks = np.repeat(chosen, envs.episodes_per_goal)
@@ -559,10 +547,8 @@ def evaluate(agent: Agent, envs: MetaVectorEnv, args: Args) -> dict[str, np.ndar
     return results
 
 
-def make_envs(args: Args, goals: np.ndarray, episodes_per_goal: int) -> MetaVectorEnv:
-    return MetaVectorEnv(
-        args.env_id, goals, episodes_per_goal, torch.get_num_threads(), args.horizon
-    )
+def make_envs(args: Args, goals: np.ndarray, episodes: int) -> MetaVectorEnv:
+    return MetaVectorEnv(args.env_id, goals, episodes, torch.get_num_threads(), args.horizon)
 
 
 def train(args: Args) -> None:
@@ -579,9 +565,14 @@ def train(args: Args) -> None:
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args).to(args.device)
     optimizers = make_optimizers(agent, args)
-    tasks = make_tasks(train_goals, obs_dim, action_dim, args)
-    buffers = {"buffer": tasks.buffer, "encoder_buffer": tasks.encoder_buffer}
-    iteration = run.resume(rng, agent=agent, **buffers, **optimizers)
+    learn = functools.partial(update, agent, optimizers, args=args)
+    if args.cuda_graph:
+        learn = CudaGraph(learn)
+    widths = (obs_dim, action_dim, 1, obs_dim, 1), (obs_dim + action_dim + 1,)
+    buffers = [ReplayBuffer(args.num_train_goals, w, args.buffer_size, args.device) for w in widths]
+    tasks = Tasks(train_goals, *buffers)
+    parts = {"buffer": tasks.buffer, "encoder_buffer": tasks.encoder_buffer}
+    iteration = run.resume(rng, agent=agent, **parts, **optimizers)
 
     while True:
         run.save_checkpoint(iteration)
@@ -617,7 +608,7 @@ def train(args: Args) -> None:
             batch = sample_batch(tasks, rng, args)
             z_noise = normal(rng, args.meta_batch_size, args.latent_dim, device=args.device)
             noise = normal(rng, *batch.action.shape, device=args.device)
-            losses = update(agent, optimizers, batch, z_noise, noise, args)
+            losses = learn(batch, z_noise, noise)
             total = total + torch.stack([*losses.values()])
         losses = dict(zip(losses, (total / args.num_train_steps).tolist()))  # one host sync
         weights = torch.stack([p.sum() for p in agent.parameters()]).tolist()
@@ -625,7 +616,8 @@ def train(args: Args) -> None:
         run.log(iteration, "losses", losses)
         run.log(iteration, "charts", {"env_steps": run.env_steps + steps})
         iteration += 1
-        run.advance(env_steps=steps)
+        run.env_steps += steps
+        run.bar.update()
 
     run.finish(means | {"env_steps": run.env_steps})
 
@@ -640,12 +632,6 @@ def stop(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr; code 2 means bad use, 1 a run that went wrong."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-@functools.cache
-def warn(message: str) -> None:
-    """Prints a warning on stderr, once."""
-    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None:
@@ -693,9 +679,8 @@ class Run:
     are logged after checkpoint N, so that a run resumed from it logs them again, and none twice.
     """
 
-    # Arguments that may differ when a run is resumed, since they do not affect the numbers
-    FREE = ("total_timesteps", "num_iterations", "runs_dir", "track")
-    FREE += ("checkpoint_every", "save_every")
+    # Arguments that do not affect the numbers, so that a run may be resumed with others
+    FREE = "total_timesteps num_iterations runs_dir track checkpoint_every save_every".split()
 
     def __init__(self, args, model: str, total: int, columns: str):
         """Locks the directory; ends here if another process has it."""
@@ -717,9 +702,10 @@ class Run:
 
         Ends here if the run is complete or if the checkpoint was made with other arguments.
         """
-        self.rng, self.parts, self.env_steps, self.saved = rng, parts, 0, -math.inf
+        self.rng, self.parts, self.env_steps = rng, parts, 0
         self.config = json.loads(json.dumps(asdict(self.args)))
         summary, step = self.dir / "summary.json", 0
+        self.saved = -self.args.checkpoint_every
         if checkpoint := self.load_checkpoint():
             old, step = checkpoint["args"], checkpoint["step"]
             differ = [n for n in self.config if n not in self.FREE and old.get(n) != self.config[n]]
@@ -741,8 +727,7 @@ class Run:
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
         versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
-        here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
-        versions["git"] = subprocess.run("git rev-parse HEAD", **here).stdout.strip()
+        versions["git"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
         write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
         print(f"{self.dir}: {self.unit} {step} of {self.total}", flush=True)
@@ -766,7 +751,7 @@ class Run:
                     raise ValueError("wrong checksum")
                 return torch.load(file, map_location="cpu", weights_only=True) | {"file": file}
             except Exception as error:  # many kinds, depending on where the damage is
-                warn(f"{file} is damaged ({error})")
+                print(f"warning: {file} is damaged ({error})", file=sys.stderr)
         if any(file.exists() for file in (*files, self.dir / "summary.json")):
             stop(f"no intact checkpoint in {self.dir}; remove the directory to start afresh")
         return None
@@ -808,16 +793,11 @@ class Run:
         write(self.dir / "eval.csv", self.eval_csv)
         sps = (self.env_steps - self.first_env_steps) / (time.perf_counter() - self.clock)
         self.log(step, "eval", means)
-        self.log(step, "charts", {"SPS": sps})  # environment steps per second
+        self.log(step, "charts", {"SPS": sps})
         text = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
         speed = f" ({sps:.0f} environment steps per second)" if sps else ""
         self.bar.write(f"{self.unit} {step}: {text}{speed}")
         sys.stdout.flush()
-
-    def advance(self, env_steps: int) -> None:
-        """Counts one step, which took `env_steps` environment steps."""
-        self.env_steps += env_steps
-        self.bar.update()
 
     def finish(self, results: dict[str, float]) -> None:
         """Marks the run as complete."""
@@ -833,7 +813,5 @@ if __name__ == "__main__":
     tune(args.device, args.precision)
     try:
         train(args)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        stop(f"the disk is full: {error}", code=1)
+    except OSError as error:  # the disk is full, say
+        stop(str(error), code=1)

@@ -12,7 +12,6 @@ In the help, (paper) marks a value from the paper and (released) one from the au
 """
 
 import copy
-import errno
 import functools
 import importlib.metadata
 import importlib.util
@@ -40,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hypernet import CRITICS, make_critic, tune
+from hypernet import CRITICS, CudaGraph, make_critic, tune
 
 
 @dataclass
@@ -73,8 +72,7 @@ class Args:
     alpha_lr: float = 3e-4
     """Adam's learning rate for the temperature (released)"""
     autotune: bool = True
-    """tune the temperature to an entropy of minus the number of action dimensions (Haarnoja et al.,
-    2018; the paper does not say)"""
+    """tune the temperature to an entropy of minus the action's dimensions (the paper is silent)"""
     alpha: float = 0.2
     """the temperature with --no-autotune (released, in its example commands)"""
 
@@ -82,15 +80,13 @@ class Args:
     """Gymnasium environment with a flat Box of observations and a bounded, flat Box of actions
     (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """keyword arguments of the environment: numbers, True, False or strings; for Ant, whose control
-    cost the paper reduces as PEARL does: --env-kwargs ctrl_cost_weight 0.005"""
+    """the environment's own arguments; the paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
     seed: int = 1
     """seed of network weights, environment, exploration and batches (paper: 5 seeds)"""
     total_timesteps: int = 1_000_000
     """environment steps of the whole run; a larger number extends a run (released)"""
     eval_every: int = 5_000
-    """environment steps between two evaluations, the first at step 0 (released); the last step has
-    one, too"""
+    """environment steps between two evaluations, of which one is at the end (released)"""
     eval_episodes: int = 10
     """episodes in an evaluation, with the deterministic policy (released)"""
     checkpoint_every: int = 5_000
@@ -101,6 +97,8 @@ class Args:
     """arithmetic inside the critics; weights, losses and the actor are always float32"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """where the networks and the replay buffer live"""
+    cuda_graph: bool = False
+    """on a GPU, record the update once and replay it, which saves launching its kernels"""
     runs_dir: str = "runs"
     """the run goes to RUNS_DIR/EXP_NAME/ENV_ID/CRITIC/seedSEED"""
     exp_name: str = "sac_hyper"
@@ -114,6 +112,8 @@ class Args:
         check_args(self, ("seed", "save_every", "learning_starts"), shares=("gamma", "tau"))
         if self.learning_starts >= self.total_timesteps:
             raise ValueError("--learning-starts must be below --total-timesteps")
+        if self.cuda_graph and not self.device.startswith("cuda"):
+            raise ValueError("--cuda-graph needs --device cuda")
 
 
 class Actor(nn.Module):
@@ -270,11 +270,9 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     try:
         env = gym.make(args.env_id, **args.env_kwargs, **kwargs)
         obs, action = env.observation_space, env.action_space
-        for space in (obs, action):
-            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                raise ValueError(f"observations and actions must be flat Boxes, not {space}")
-        if not action.is_bounded():
-            raise ValueError(f"actions must be bounded, not {action}")
+        flat = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in (obs, action))
+        if not flat or not action.is_bounded():
+            raise ValueError(f"needs flat observations and flat, bounded actions: {obs}, {action}")
         env = gym.wrappers.TransformReward(env, lambda reward: float(np.asarray(reward).item()))
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="totals")
         # A copy, since an environment may return the same array every time and change it in place
@@ -284,9 +282,6 @@ def make_env(args: Args, **kwargs) -> gym.Env:
         env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
     except Exception as error:  # whatever the author of the environment raises
         stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {error}")
-    if env.spec.max_episode_steps is None:
-        limit = "--env-kwargs max_episode_steps 1000"
-        warn(f"{args.env_id} has no time limit; if an episode may never end, add {limit}")
     return env
 
 
@@ -305,12 +300,12 @@ def explore(actor: Actor, obs: np.ndarray, noise: np.ndarray, device: str) -> np
 
 def evaluate(actor: Actor, env: gym.Env, args: Args) -> list[tuple[float, int]]:
     """(return, length) of each episode of the deterministic policy, always from the same starts."""
-    results = []
+    results, actor = [], copy.deepcopy(actor).cpu()  # for one observation faster than a GPU
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=args.seed + 100 if episode == 0 else None)
         done = False
         while not done:
-            obs, _, terminated, truncated, info = env.step(act(actor, obs, args.device))
+            obs, _, terminated, truncated, info = env.step(act(actor, obs, "cpu"))
             done = terminated or truncated
         results.append((info["totals"]["r"], info["totals"]["l"]))
     return results
@@ -318,16 +313,23 @@ def evaluate(actor: Actor, env: gym.Env, args: Args) -> list[tuple[float, int]]:
 
 def train(args: Args) -> None:
     env, eval_env = make_env(args), make_env(args)
+    if env.spec.max_episode_steps is None:
+        limit = "--env-kwargs max_episode_steps 1000"
+        print(f"warning: no time limit; if an episode may never end, add {limit}", file=sys.stderr)
     run = Run(args, args.critic, args.total_timesteps, "global_step,episode,return,length")
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(args.seed)  # initial weights
     rng = np.random.default_rng(args.seed)  # environment, exploration, batches, noise
     agent = Agent(obs_dim, action_dim, args).to(args.device)
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     optimizers = {
-        "critic": torch.optim.Adam(agent.critics.parameters(), args.critic_lr, fused=True),
-        "actor": torch.optim.Adam(agent.actor.parameters(), args.actor_lr, fused=True),
-        "alpha": torch.optim.Adam([agent.log_alpha], args.alpha_lr, fused=True),
+        "critic": adam(agent.critics.parameters(), args.critic_lr),
+        "actor": adam(agent.actor.parameters(), args.actor_lr),
+        "alpha": adam([agent.log_alpha], args.alpha_lr),
     }
+    learn = functools.partial(update, agent, optimizers, args=args)
+    if args.cuda_graph:
+        learn = CudaGraph(learn)
     buffer = ReplayBuffer(obs_dim, action_dim, args.buffer_size, args.device)
     global_step = run.resume(rng, agent=agent, buffer=buffer, **optimizers)
     done = True
@@ -359,22 +361,22 @@ def train(args: Args) -> None:
         buffer.add(obs, action, reward, next_obs, terminated)
         obs, done = next_obs, terminated or truncated
         if done:
-            totals = info["totals"]
-            charts = {"episodic_return": totals["r"], "episodic_length": totals["l"]}
-            run.log(global_step, "charts", charts)
+            episode = {"return": info["totals"]["r"], "length": info["totals"]["l"]}
+            run.log(global_step, "charts", {f"episodic_{k}": v for k, v in episode.items()})
 
         # Learn: critics, actor, temperature and targets at every step
         if global_step >= args.learning_starts:
             batch = buffer.sample(args.batch_size, rng)
             noise = rng.standard_normal((2, *batch[1].shape), dtype=np.float32)
             noise = torch.from_numpy(noise).to(args.device)
-            losses = update(agent, optimizers, batch, noise, args)
+            losses = learn(batch, noise)
             losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # one host sync
             run.check_finite(global_step, **losses)
             if done:
                 run.log(global_step, "losses", losses)
         global_step += 1
-        run.advance(env_steps=1)
+        run.env_steps += 1
+        run.bar.update()
 
     run.finish({"eval_return": eval_return})
 
@@ -389,12 +391,6 @@ def stop(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr; code 2 means bad use, 1 a run that went wrong."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-@functools.cache
-def warn(message: str) -> None:
-    """Prints a warning on stderr, once."""
-    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None:
@@ -442,9 +438,8 @@ class Run:
     are logged after checkpoint N, so that a run resumed from it logs them again, and none twice.
     """
 
-    # Arguments that may differ when a run is resumed, since they do not affect the numbers
-    FREE = ("total_timesteps", "num_iterations", "runs_dir", "track")
-    FREE += ("checkpoint_every", "save_every")
+    # Arguments that do not affect the numbers, so that a run may be resumed with others
+    FREE = "total_timesteps num_iterations runs_dir track checkpoint_every save_every".split()
 
     def __init__(self, args, model: str, total: int, columns: str):
         """Locks the directory; ends here if another process has it."""
@@ -466,9 +461,10 @@ class Run:
 
         Ends here if the run is complete or if the checkpoint was made with other arguments.
         """
-        self.rng, self.parts, self.env_steps, self.saved = rng, parts, 0, -math.inf
+        self.rng, self.parts, self.env_steps = rng, parts, 0
         self.config = json.loads(json.dumps(asdict(self.args)))
         summary, step = self.dir / "summary.json", 0
+        self.saved = -self.args.checkpoint_every
         if checkpoint := self.load_checkpoint():
             old, step = checkpoint["args"], checkpoint["step"]
             differ = [n for n in self.config if n not in self.FREE and old.get(n) != self.config[n]]
@@ -490,8 +486,7 @@ class Run:
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
         versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
-        here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
-        versions["git"] = subprocess.run("git rev-parse HEAD", **here).stdout.strip()
+        versions["git"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
         write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
         print(f"{self.dir}: {self.unit} {step} of {self.total}", flush=True)
@@ -515,7 +510,7 @@ class Run:
                     raise ValueError("wrong checksum")
                 return torch.load(file, map_location="cpu", weights_only=True) | {"file": file}
             except Exception as error:  # many kinds, depending on where the damage is
-                warn(f"{file} is damaged ({error})")
+                print(f"warning: {file} is damaged ({error})", file=sys.stderr)
         if any(file.exists() for file in (*files, self.dir / "summary.json")):
             stop(f"no intact checkpoint in {self.dir}; remove the directory to start afresh")
         return None
@@ -557,16 +552,11 @@ class Run:
         write(self.dir / "eval.csv", self.eval_csv)
         sps = (self.env_steps - self.first_env_steps) / (time.perf_counter() - self.clock)
         self.log(step, "eval", means)
-        self.log(step, "charts", {"SPS": sps})  # environment steps per second
+        self.log(step, "charts", {"SPS": sps})
         text = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
         speed = f" ({sps:.0f} environment steps per second)" if sps else ""
         self.bar.write(f"{self.unit} {step}: {text}{speed}")
         sys.stdout.flush()
-
-    def advance(self, env_steps: int) -> None:
-        """Counts one step, which took `env_steps` environment steps."""
-        self.env_steps += env_steps
-        self.bar.update()
 
     def finish(self, results: dict[str, float]) -> None:
         """Marks the run as complete."""
@@ -582,7 +572,5 @@ if __name__ == "__main__":
     tune(args.device, args.precision)
     try:
         train(args)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        stop(f"the disk is full: {error}", code=1)
+    except OSError as error:  # the disk is full, say
+        stop(str(error), code=1)

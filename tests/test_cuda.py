@@ -1,0 +1,104 @@
+"""Training on a GPU; skipped where there is none."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_equal, assert_same_run, small
+
+import pearl_hyper
+import sac_hyper
+import td3_hyper
+from hypernet import CudaGraph
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+OBS, ACTION, B = 17, 6, 100
+TASKS = ["--primary-widths", 8, 16, "--dynamic-width", 8, "--horizon", 8, "--eval-episodes", 1]
+TASKS += ["--num-test-goals", 2, "--num-train-goals", 4, "--meta-batch-size", 3]
+MAML = [*TASKS, "--episodes-per-goal", 2]
+PEARL = [*TASKS, "--num-initial-steps", 16, "--num-prior-steps", 8, "--num-posterior-steps", 8]
+PEARL += ["--num-collect-goals", 2, "--num-train-steps", 4, "--batch-size", 8]
+
+
+def prepare(script, **options):
+    """An agent and its optimizers on the GPU, from the same seed each time, and 12 batches."""
+    args = script.Args(device="cuda", **options)
+    torch.manual_seed(1)
+    agent = script.Agent(OBS, ACTION, args).cuda()
+    parts = {"critic": agent.critics.parameters(), "actor": agent.actor.parameters()}
+    noise_shape = (B, ACTION)
+    if script is sac_hyper:
+        parts["alpha"], noise_shape = [agent.log_alpha], (2, B, ACTION)
+    adam = {n: torch.optim.Adam(p, 1e-4, fused=True, capturable=True) for n, p in parts.items()}
+    batches = []
+    for _ in range(12):
+        obs, next_obs = torch.randn(2, B, OBS, device="cuda")
+        action = torch.rand(B, ACTION, device="cuda") * 2 - 1
+        batch = (obs, action, obs[:, 0].clone(), next_obs, torch.zeros(B, device="cuda"))
+        batches.append((batch, torch.randn(noise_shape, device="cuda")))
+    return args, agent, adam, batches
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("critic", ["mlp", "sa-hyper"])
+@pytest.mark.parametrize("script", [td3_hyper, sac_hyper])
+def test_a_cuda_graph_makes_the_same_updates_bit_for_bit(script, critic, precision):
+    results = []
+    for wrap in (lambda function: function, CudaGraph):
+        args, agent, adam, batches = prepare(script, critic=critic, precision=precision)
+        kinds = [{"delayed": False}, {"delayed": True}] if script is td3_hyper else [{}]
+        learn = [wrap(partial(script.update, agent, adam, args=args, **kind)) for kind in kinds]
+        losses = [
+            {name: loss.item() for name, loss in learn[i % len(learn)](*batch).items()}
+            for i, batch in enumerate(batches)
+        ]
+        results.append((losses, agent.state_dict()))
+    assert_equal(results[0][0], results[1][0])
+    assert_equal(dict(results[0][1]), dict(results[1][1]))
+
+
+def test_an_update_does_not_wait_for_the_gpu():
+    """PyTorch raises an error at a synchronisation inside an update of TD3, SAC or PEARL."""
+    updates = []
+    for script in (td3_hyper, sac_hyper):
+        args, agent, adam, batches = prepare(script)
+        rest = (True,) if script is td3_hyper else ()
+        updates.append((script, (agent, adam, *batches[0], args, *rest)))
+    args = pearl_hyper.Args(device="cuda", meta_batch_size=4)
+    agent = pearl_hyper.Agent(20, 6, args).cuda()
+    batch, noise = prepare(td3_hyper)[3][0]
+    tasks = [torch.randn(4, *x.shape, device="cuda") for x in batch]
+    tasks[0], tasks[3] = torch.randn(2, 4, B, 20, device="cuda")
+    batch = pearl_hyper.Batch(*tasks, torch.randn(4, B, 27, device="cuda"))
+    z_noise, noise = torch.randn(4, 5, device="cuda"), torch.randn(4, B, 6, device="cuda")
+    adam = pearl_hyper.make_optimizers(agent, args)
+    updates.append((pearl_hyper, (agent, adam, batch, z_noise, noise, args)))
+    for script, inputs in updates:
+        script.update(*inputs)  # the first one sets up the optimizers' state
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            losses = script.update(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.stack([*losses.values()]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name, args, total, columns",
+    [
+        ("td3_hyper", small(0)[:-4], "--total-timesteps", (250, 400)),
+        ("td3_hyper", [*small(0)[:-4], "--cuda-graph"], "--total-timesteps", (250, 400)),
+        ("sac_hyper", [*small(0)[:-4], "--cuda-graph"], "--total-timesteps", (250, 400)),
+        ("maml_hyper", MAML, "--num-iterations", (2, 4)),
+        ("pearl_hyper", PEARL, "--num-iterations", (2, 4)),
+    ],
+)
+def test_every_script_resumes_bit_for_bit_on_a_gpu(run_main, name, args, total, columns):
+    script, (half, whole) = ROOT / f"{name}.py", columns
+    args = [*args, "--checkpoint-every", 1, "--device", "cuda"]
+    for steps, folder in ((half, "resumed"), (whole, "resumed"), (whole, "whole")):
+        finished = run_main(script, *args, total, steps, "--runs-dir", folder)
+        assert finished.code == 0, finished.err
+    (resumed,) = Path("resumed").glob("*/*/*/seed1")
+    assert_same_run(resumed, Path("whole", *resumed.parts[1:]), whole)
