@@ -91,7 +91,7 @@ def test_an_update_does_not_wait_for_the_gpu():
         ("td3_hyper", [*small(0)[:-4], "--cuda-graph"], "--total-timesteps", (250, 400)),
         ("sac_hyper", [*small(0)[:-4], "--cuda-graph"], "--total-timesteps", (250, 400)),
         ("maml_hyper", MAML, "--num-iterations", (2, 4)),
-        ("pearl_hyper", PEARL, "--num-iterations", (2, 4)),
+        ("pearl_hyper", [*PEARL, "--cuda-graph"], "--num-iterations", (2, 4)),
     ],
 )
 def test_every_script_resumes_bit_for_bit_on_a_gpu(run_main, name, args, total, columns):

@@ -1,10 +1,9 @@
-"""analysis/speed.py: every table is printed, and what is called plain is the same update."""
+"""analysis/speed.py: every table is printed."""
 
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import assert_refused
 
 ROOT = Path(__file__).parents[1]
@@ -45,22 +44,12 @@ def test_the_phases_of_maml_are_nearly_the_whole_iteration(capsys, monkeypatch):
     rows = {"hyper": small, "no adaptation": small | {"num_adapt_steps": 0}}
     monkeypatch.setattr(speed, "MAML_ROWS", rows)
     sample = speed.maml_hyper.sample
-    speed.maml(num_goals=(2,), primary_widths=(4, 8), rounds=3)
+    speed.maml(tuple(rows), num_goals=2, primary_widths=(4, 8), rounds=3)
     assert speed.maml_hyper.sample is sample
     lines = capsys.readouterr().out.splitlines()[-2:]
     for line in lines:
-        *phases, whole = (float(cell) for cell in line.strip("| ").split(" | ")[2:])
-        assert sum(phases) <= whole + 0.4  # each is rounded to a tenth
-
-
-def test_sampling(run_main):
-    rows = rows_of(run_main(SCRIPT, "sampling", "--num-goals", 1, "--rounds", 1))
-    assert [row[:2] for row in rows] == [["HalfCheetahVel-v0", "20"], ["AntVel-v0", "20"]]
-
-
-def test_collection_and_evaluation_of_pearl(run_main):
-    rows = rows_of(run_main(SCRIPT, "collection", *TINY, "--num-goals", 1))
-    assert [row[0] for row in rows] == ["mlp", "mlp", "hyper", "hyper"]
+        *phases, whole = (float(cell) for cell in line.strip("| ").split(" | ")[1:])
+        assert sum(phases) <= whole + 0.04  # each is rounded to a hundredth
 
 
 def test_two_runs_on_two_cores(capsys, monkeypatch):
@@ -78,42 +67,8 @@ def test_two_runs_on_two_cores(capsys, monkeypatch):
         (["td3", "--batch-sizes", 0], "--batch-size 0: must be at least 1"),
         (["td3", "--critics", "magic"], "invalid choice"),
         (["maml", "--num-goals", 0], "at least 1"),
-        (["sampling", "--num-goals", 0], "--num-goals 0: must be at least 1"),
-        (["collection", "--num-goals", 0], "--num-goals 0: must be at least 1"),
         (["everything"], "Available subcommands"),
     ],
 )
 def test_bad_use(run_main, arguments, message):
     assert_refused(run_main(SCRIPT, *arguments), message)
-
-
-@pytest.mark.parametrize(
-    "script, options",
-    [
-        (speed.td3_hyper, {"critic": "sa-hyper"}),
-        (speed.sac_hyper, {"critic": "mlp"}),
-        (speed.sac_hyper, {"critic": "sa-hyper"}),
-        (speed.pearl_hyper, {"model": "mlp", "meta_batch_size": 3}),
-        (speed.pearl_hyper, {"model": "hyper", "meta_batch_size": 3}),
-    ],
-)
-def test_the_plain_update_is_the_same_update(script, options, monkeypatch):
-    agents, script_agent = [], script.Agent
-    monkeypatch.setattr(script, "Agent", lambda *a: agents.append(script_agent(*a)) or agents[-1])
-    args = script.Args(device="cpu", batch_size=5, primary_widths=(4, 8), **options)
-    for plain in (False, True):
-        update, _ = speed.two_updates(script, args, plain)
-        update()
-    ours, theirs = (dict(agent.named_parameters()) for agent in agents)
-    for name, parameter in ours.items():
-        torch.testing.assert_close(parameter, theirs[name], rtol=1e-3, atol=1e-5, msg=name)
-
-
-def test_the_floor_replays_the_matrix_products():
-    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5)
-    with speed.Products() as products:
-        (a @ b).sum().backward()
-    shapes = [call.keywords["out"].shape for call in products.calls]
-    assert shapes == [(3, 5), (3, 4)]
-    products.calls[0].func(*products.calls[0].args, **products.calls[0].keywords)
-    torch.testing.assert_close(products.calls[0].keywords["out"], a.detach() @ b)
