@@ -319,31 +319,6 @@ def test_agreement_of_two_estimates_is_the_square_of_what_the_exact_gradient_sco
     assert two == pytest.approx(one**2, abs=0.01)
 
 
-def test_the_picture_shows_the_four_panels_of_fig_3(monkeypatch, tmp_path):
-    rows = [(1, 0, -1.0), (2, 0, 0.5), (1, 10, 0.5), (2, 10, 1.0)]
-    rows = [("sa-hyper", *row) for row in rows] + [("mlp", 1, 0, np.nan), ("mlp", 1, 0, 0.25)]
-    table = pd.DataFrame(rows, columns=["critic", "seed", "step", "cosine_similarity"])
-    monkeypatch.setattr(ga.plt, "close", lambda figure: None)
-    ga.plot("Hopper-v4", table, tmp_path / "picture.png")
-    threshold, quarter, three_quarters, mean = ga.plt.gcf().axes
-    assert [axis.get_ylim()[0] for axis in (threshold, quarter, three_quarters)] == [0, 0, 0]
-    assert [line.get_label() for line in threshold.lines] == ["mlp (1)", "sa-hyper (2)"]
-    tau, share = threshold.lines[1].get_data()
-    assert [share[tau == t].item() for t in (0, 0.25, 0.5, 1)] == [75, 75, 25, 0]
-    assert list(threshold.lines[0].get_ydata()[[0, 50]]) == [50, 0]  # no gradient: not above
-    assert list(quarter.lines[1].get_ydata()) == [50, 100]
-    assert list(three_quarters.lines[1].get_ydata()) == [0, 50]
-    assert np.array(mean.lines[1].get_data()).tolist() == [[0, 10], [-0.25, 0.75]]
-    low, high = mean.collections[1].get_datalim(mean.transData).intervaly
-    assert (low, high) == (-0.625, 0.875)
-    ga.plt.close("all")
-
-
-def test_the_device_is_that_of_the_run_where_there_is_one():
-    assert ga.available("meta") == "meta"  # a device that is everywhere
-    assert ga.available("cuda:99") == "cpu"
-
-
 def make_run(run_dir: Path, *steps: int, script=td3_hyper, **arguments) -> Path:
     """What a script leaves of a run that has not learned: config.json and step_N.pt."""
     small = {"critic": "mlp-small", "device": "cpu", "env_kwargs": {"max_episode_steps": 30}}

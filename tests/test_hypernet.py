@@ -195,13 +195,6 @@ def test_hyper_critics_differ_in_which_input_is_meta_and_features_feed_a_single_
     torch.testing.assert_close(features(obs, action), expected)
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="sa-hyper"):
-        make_critic("sa_hyper", 5, 2)
-    with pytest.raises(ValueError, match="released"):
-        HyperNetwork(4, 3, 2, init="kaiming")
-
-
 def test_tuned_matrix_products_are_accurate_and_slow_bfloat16_is_said(monkeypatch, capsys):
     for native, warned in ((True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda n=native: {"avx512_bf16": n})

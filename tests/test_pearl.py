@@ -213,16 +213,6 @@ def test_critics_weights_come_from_the_state_and_those_of_a_tasks_policy_once_fr
     assert [x.shape for x in policy] == [(4, 5)]  # once for a whole trajectory
 
 
-def test_policy_gradient_flows_only_through_the_dynamic_network_of_q():
-    nodes = []
-    for widths in ((8,), (8, 16, 32)):
-        agent, args = make_agent(primary_widths=widths)
-        agent.policy = make_agent()[0].policy
-        batch, z_noise, noise = make_batch(args)
-        nodes.append(graph_of(pearl.v_and_policy_loss(agent, batch, z_noise, noise, args)[1])[1])
-    assert nodes[0] == nodes[1]
-
-
 @MODELS
 @CONTEXTS
 def test_losses_and_gradients_equal_the_equations_with_every_transition_a_task_of_its_own(
@@ -403,15 +393,6 @@ def fix_policy(monkeypatch, mean: float, log_std: float) -> None:
     monkeypatch.setattr(pearl.Policy, "dynamic", fixed)
 
 
-def test_an_action_has_noise_of_its_own_and_the_policys_std(monkeypatch):
-    agent, _ = make_agent(1, 1)
-    fix_policy(monkeypatch, 0.0, math.log(0.5))
-    envs = PointMass("", [0.5], 10)
-    roll_out(agent, envs, torch.zeros(10, 5))
-    noise = np.arctanh(envs.actions)  # (H, T, 1)
-    assert len(np.unique(noise)) == 20 * 10 and noise.std() == pytest.approx(0.5, rel=0.2)
-
-
 @MODELS
 @pytest.mark.parametrize("edge", [math.inf, 0.15], ids=["whole", "end early"])
 def test_evaluation_scores_only_the_trajectory_after_adaptation(model, edge):
@@ -511,26 +492,6 @@ def test_run_directory_holds_what_it_should(run_main, model, context):
     draws = np.subtract(new["buffer"]["added"], old["buffer"]["added"]) // (20 + 40)
     added = np.where(draws, 20 * draws, old["encoder_buffer"]["added"]) * learned
     assert draws.sum() == 2 and new["encoder_buffer"]["added"] == added.tolist()
-
-
-def test_every_argument_of_the_method_changes_the_numbers(run_main, monkeypatch):
-    monkeypatch.setattr(meta_envs, "MetaVectorEnv", PointMass)
-    other = dict(model="mlp", context="oracle", primary_widths=(9,), dynamic_width=9)
-    other |= dict(hyper_init="paper", latent_dim=3, kl_weight=9.0, num_train_goals=4)
-    other |= dict(num_test_goals=3, num_initial_steps=60, num_collect_goals=3, num_prior_steps=40)
-    other |= dict(num_posterior_steps=0, num_train_steps=4, meta_batch_size=3, batch_size=9)
-    other |= dict(context_batch_size=9, buffer_size=30, horizon=21, gamma=0.5, tau=0.5)
-    other |= dict(reward_scale=9.0, policy_reg=9.0, critic_lr=1e-2, policy_lr=1e-2, encoder_lr=1e-2)
-    other |= dict(seed=2, eval_episodes=2, precision="bfloat16")
-    free = {"env_id", "num_iterations", "eval_every", "checkpoint_every", "save_every"}
-    free |= {"device", "runs_dir", "exp_name", "track"}
-    assert other.keys() == vars(pearl.Args()).keys() - free
-    content = []
-    for name, value in (("exp_name", "nothing"), *other.items()):
-        options = {"num_iterations": 1, "runs_dir": name, name: value}
-        assert run_main(SCRIPT, *flags(**SMALL | options)).code == 0
-        content.append(next(Path(name).rglob("eval.csv")).read_text())
-    assert len({*content}) == len(content) == 1 + len(other)
 
 
 @MODELS

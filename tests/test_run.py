@@ -2,13 +2,10 @@
 the others here, whose own tests resume a killed run and refuse other arguments."""
 
 import json
-import os
 import random
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +13,6 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    SMALL,
     assert_refused,
     assert_same_run,
     damage,
@@ -25,8 +21,6 @@ from conftest import (
     small,
     start,
 )
-
-import td3_hyper
 
 SCRIPT = ROOT / "td3_hyper.py"
 RUN_DIR = Path("runs/td3_hyper/InvertedPendulum-v4/sa-hyper/seed1")
@@ -84,15 +78,6 @@ def test_sigterm_and_ctrl_c_end_it_at_once_and_silently(tmp_path, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == -number and "Traceback" not in err
-
-
-def test_the_same_command_twice_gives_the_same_run_and_other_seeds_do_not(run_main):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        finished = run_main(SCRIPT, *small(400), "--seed", seed, "--runs-dir", name)
-        assert finished.code == 0, finished.err
-    a, b, c = (next(Path(name).rglob("eval.csv")).parent for name in "abc")
-    assert_same_run(a, b, 400)
-    assert (a / "eval.csv").read_text() != (c / "eval.csv").read_text()
 
 
 def test_run_directory_holds_what_the_readme_says(run_main):
@@ -179,23 +164,6 @@ def test_two_damaged_checkpoints_are_refused_and_nothing_is_changed(run_main):
     assert files(RUN_DIR) == before
 
 
-def test_a_run_that_lost_its_checkpoints_is_not_overwritten(run_main):
-    assert run_main(SCRIPT, *small(400)).code == 0
-    for file in RUN_DIR.glob("checkpoint*"):
-        file.unlink()
-    before = files(RUN_DIR)
-    assert_refused(run_main(SCRIPT, *small(400), "--gamma", 0.9), "no intact checkpoint in")
-    assert files(RUN_DIR) == before
-
-
-def test_eval_csv_is_cut_back_to_the_checkpoint(run_main):
-    assert run_main(SCRIPT, *small(400)).code == 0
-    with open(RUN_DIR / "eval.csv", "a") as stream:
-        stream.write("99999,0,1,1\n")
-    assert run_main(SCRIPT, *small(500)).code == 0
-    assert "99999" not in (RUN_DIR / "eval.csv").read_text()
-
-
 @pytest.mark.parametrize(
     "args, words",
     [
@@ -217,12 +185,6 @@ def test_eval_csv_is_cut_back_to_the_checkpoint(run_main):
 )
 def test_bad_use_says_what_is_wrong_and_leaves_nothing_behind(run_main, tmp_path, args, words):
     assert_refused(run_main(SCRIPT, *args), *words)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_a_missing_cuda_device_is_said(run_main, tmp_path):
-    assert_refused(run_main(SCRIPT, "--device", "cuda"), "--device cuda")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -276,29 +238,6 @@ def test_a_full_disk_under_tensorboard_ends_the_run_and_is_said(run_main, monkey
     assert not (RUN_DIR / "summary.json").exists()
 
 
-def test_help_tells_of_every_option_what_it_does_its_default_and_its_source(run_main):
-    finished = run_main(SCRIPT, "--help")
-    assert finished.code == 0
-    introduction, options = finished.out.replace("│", " ").split(" options ", 1)
-    assert "python td3_hyper.py --env-id Hopper-v4 --critic sa-hyper" in introduction
-    options = [" ".join(option.split()) for option in re.split(r"\n +--(?=[a-z])", options)[1:]]
-    names = [option.split()[0].replace("-", "_") for option in options]
-    assert names == list(vars(td3_hyper.Args()))
-    for option in options:
-        assert "(default: " in option and len(option) > 50
-    for option in options[: names.index("env_id")]:  # those of the method
-        assert "(released" in option or "(paper" in option or "(measured" in option, option
-
-
-def test_track_says_how_to_install_wandb_where_it_is_missing(run_main, monkeypatch):
-    import importlib.util
-
-    find_spec = importlib.util.find_spec
-    missing = lambda name, *a: None if name == "wandb" else find_spec(name, *a)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", missing)
-    assert_refused(run_main(SCRIPT, "--track"), "pip install wandb")
-
-
 def test_track_starts_a_run_that_a_resumed_process_continues(run_main, monkeypatch, tmp_path):
     module = tmp_path / "modules" / "wandb.py"
     module.parent.mkdir()
@@ -314,20 +253,3 @@ def test_track_starts_a_run_that_a_resumed_process_continues(run_main, monkeypat
     assert first["id"] == second["id"] == "td3_hyper-InvertedPendulum-v4-sa-hyper-seed1"
     assert second["resume"] == "allow" and second["sync_tensorboard"] is True
     assert first["config"]["critic"] == "sa-hyper"
-
-
-@pytest.mark.parametrize("spin_count, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_idle_threads_leave_the_cores_to_others_unless_told_otherwise(spin_count, expected):
-    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | spin_count
-    command = [sys.executable, "-c", "import os, td3_hyper; print(os.environ['GOMP_SPINCOUNT'])"]
-    out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert out.stdout.strip() == expected, out.stderr
-
-
-def test_the_line_of_an_evaluation_is_seen_at_once(tmp_path):
-    """Where output is a pipe, nobody waits for a buffer to fill."""
-    process = start(SCRIPT, *SMALL, "--total-timesteps", 10**8, cwd=tmp_path)
-    lines = [process.stdout.readline() for _ in range(3)]
-    process.kill()
-    process.communicate()
-    assert "global_step 0 of 100000000" in lines[0] and "global_step 200: return" in lines[2]

@@ -91,17 +91,6 @@ def test_critic_loss_is_clipped_double_q_learning_with_smoothed_targets(critic):
     assert graph_of(loss)[0] == {id(p) for p in agent.critics.parameters()}
 
 
-def test_terminated_masks_the_bootstrap():
-    agent, args = make_agent("mlp")
-    (obs, action, reward, next_obs, _), noise = make_batch()
-    ones, zeros = torch.ones(10), torch.zeros(10)
-    agent.critics[0].net[-1].weight.data.zero_(), agent.critics[1].net[-1].weight.data.zero_()
-    agent.critics[0].net[-1].bias.data.zero_(), agent.critics[1].net[-1].bias.data.zero_()
-    loss = critic_loss(agent, (obs, action, reward, next_obs, ones), noise, args)
-    assert loss.item() == pytest.approx(2 * reward.square().mean().item(), rel=1e-5)
-    assert critic_loss(agent, (obs, action, reward, next_obs, zeros), noise, args) != loss
-
-
 def test_targets_move_by_tau_with_the_delayed_update_alone():
     agent, args = make_agent("sa-hyper", tau=0.1)
     batch, noise = make_batch()
@@ -122,21 +111,6 @@ def test_targets_move_by_tau_with_the_delayed_update_alone():
             torch.testing.assert_close(new, 0.9 * old + 0.1 * p)
     assert not torch.equal(agent.actor.hidden1.weight, before.actor.hidden1.weight)
     assert not any(p.requires_grad or p.grad_fn for p in agent.targets)  # or memory would grow
-
-
-@pytest.mark.parametrize("critic", CRITICS)
-def test_updates_fit_the_critics_to_a_known_return(critic):
-    """Every transition terminates with reward s_0 - a_1 / 5: Q must become that."""
-    agent, args = make_agent(critic)
-    optimizers = make_optimizers(agent, lr=3e-3)
-    (obs, action, _, next_obs, _), noise = make_batch(50)
-    reward = obs[:, 0] - action[:, 1] / 5
-    batch = (obs, action, reward, next_obs, torch.ones(50))
-    losses = [
-        update(agent, optimizers, batch, noise, args, delayed=False)["critic_loss"]
-        for _ in range(80)
-    ]
-    assert losses[-1] < 0.2 * losses[0]
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -181,12 +155,6 @@ def test_replay_buffer_keeps_the_newest_and_survives_its_state_dict():
     buffer.add([8, 8], [0], 0.0, [0, 0], False)
     again.add([8, 8], [0], 0.0, [0, 0], False)
     assert torch.equal(buffer.data, again.data)
-
-
-def test_replay_buffer_state_is_the_filled_part():
-    buffer = ReplayBuffer(2, 1, capacity=1_000_000, device="cpu")
-    buffer.add([0, 0], [0], 0.0, [0, 0], False)
-    assert buffer.state_dict()["data"].untyped_storage().nbytes() == 7 * 4
 
 
 def test_evaluation_is_the_same_every_time_and_deterministic():
