@@ -2,7 +2,6 @@
 
 import gc
 import os
-import random
 import runpy
 import signal
 import subprocess
@@ -82,11 +81,15 @@ def assert_equal(a, b) -> None:
 
 
 def assert_same_run(run_dir: Path, reference: Path, steps: int) -> None:
-    """Both runs have the same eval.csv, summary and networks, bit for bit."""
+    """Both runs have the same eval.csv, summary, networks and TensorBoard scalars, bit for bit."""
     assert (run_dir / "eval.csv").read_bytes() == (reference / "eval.csv").read_bytes()
     assert (run_dir / "summary.json").read_bytes() == (reference / "summary.json").read_bytes()
     weights = [torch.load(d / f"step_{steps}.pt", weights_only=True) for d in (run_dir, reference)]
     assert_equal(*weights)
+    ours, theirs = scalars(run_dir), scalars(reference)
+    for values in (ours, theirs):  # of the speed only when it was measured can be the same
+        values["charts/SPS"] = [(step, 0) for step, _ in values["charts/SPS"]]
+    assert_equal(ours, theirs)
 
 
 def assert_refused(finished: Finished, *words: str, code: int = 2) -> None:
@@ -108,8 +111,6 @@ def damage(file: Path, how: str) -> None:
     content = bytearray(file.read_bytes())
     if how == "truncated":
         content = content[: len(content) // 2]
-    elif how == "garbage":
-        content = random.Random(0).randbytes(len(content))
     elif how == "empty":
         content = b""
     elif how == "one flipped bit":

@@ -1,29 +1,38 @@
 """The run directory, which all scripts share: crash-only resume, refusals, errors. TD3 stands for
 the others here, whose own tests resume a killed run and refuse other arguments."""
 
+import importlib.util
 import json
 import random
 import re
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    assert_refused,
-    assert_same_run,
-    damage,
-    files,
-    scalars,
-    small,
-    start,
-)
+from conftest import ROOT, assert_refused, assert_same_run, damage, files, scalars, small, start
 
 SCRIPT = ROOT / "td3_hyper.py"
 RUN_DIR = Path("runs/td3_hyper/InvertedPendulum-v4/sa-hyper/seed1")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Two complete runs: 400/runs and 650/runs."""
+    folder = tmp_path_factory.mktemp("trained")
+    for steps in ("400", "650"):
+        (folder / steps).mkdir()
+        assert start(SCRIPT, *small(steps), cwd=folder / steps).wait() == 0
+    return folder
+
+
+@pytest.fixture
+def run_of_400(run_main, trained) -> None:
+    """The complete run of 400 steps in the working directory."""
+    shutil.copytree(trained / "400/runs", "runs")
 
 
 def test_a_run_killed_at_ten_random_moments_ends_like_one_never_killed(tmp_path):
@@ -52,29 +61,26 @@ def test_a_run_killed_at_ten_random_moments_ends_like_one_never_killed(tmp_path)
     assert process.returncode == 0 and "damaged" not in err, err
     assert re.search(rf"global_step [1-9]\d* of {steps}", out)
     assert_same_run(killed / RUN_DIR, whole / RUN_DIR, steps)
-    for name, values in scalars(killed / RUN_DIR).items():
-        expected = scalars(whole / RUN_DIR)[name]
-        assert [step for step, _ in values] == [step for step, _ in expected], name  # none twice
-        assert values == expected or name == "charts/SPS"
 
 
-def test_a_bfloat16_run_resumes_bit_for_bit_and_keeps_its_precision(run_main):
+def test_a_bfloat16_run_resumes_bit_for_bit_and_keeps_its_precision(run_main, trained):
     args = [*small(400), "--precision", "bfloat16"]
     assert run_main(SCRIPT, *args, "--runs-dir", "whole").code == 0
     assert run_main(SCRIPT, *small(250), "--precision", "bfloat16").code == 0
     assert_refused(run_main(SCRIPT, *small(400)), "precision was bfloat16 and is float32")
     assert run_main(SCRIPT, *args).code == 0
     assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 400)
-    assert run_main(SCRIPT, *small(400), "--runs-dir", "float32").code == 0
-    weights = torch.load(RUN_DIR / "step_400.pt", weights_only=True)
-    others = torch.load(Path("float32", *RUN_DIR.parts[1:], "step_400.pt"), weights_only=True)
-    assert not torch.equal(weights["actor.output.weight"], others["actor.output.weight"])
+    folders = RUN_DIR, trained / "400" / RUN_DIR
+    ours, float32 = (torch.load(d / "step_400.pt", weights_only=True) for d in folders)
+    assert not torch.equal(ours["actor.output.weight"], float32["actor.output.weight"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_and_ctrl_c_end_it_at_once_and_silently(tmp_path, number):
+def test_a_second_process_is_refused_and_signals_end_the_first_silently(run_main, tmp_path, number):
     process = start(SCRIPT, *small(100_000), cwd=tmp_path)
     process.stdout.readline()
+    assert_refused(run_main(SCRIPT, *small(100_000)), "another process is training in runs/")
+    assert process.poll() is None
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == -number and "Traceback" not in err
@@ -87,7 +93,7 @@ def test_run_directory_holds_what_the_readme_says(run_main):
     expected = ".lock checkpoint.pt checkpoint.prev.pt config.json eval.csv summary.json"
     assert names == {*expected.split(), *(f"step_{n}.pt" for n in (0, 200, 400, 450))}
     config = json.loads((RUN_DIR / "config.json").read_text())
-    assert config["args"]["critic_lr"] == 5e-5 and config["args"]["device"] in ("cpu", "cuda")
+    assert config["args"]["critic_lr"] == 5e-5
     assert config["versions"]["torch"] == torch.__version__ and config["threads"] == 1
     header, *rows = (RUN_DIR / "eval.csv").read_text().splitlines()
     assert header == "global_step,episode,return,length"
@@ -108,9 +114,7 @@ def test_run_directory_holds_what_the_readme_says(run_main):
     assert state.keys() == parts | {"args", "step", "env_steps", "eval_csv", "rng"}
 
 
-def test_a_complete_run_is_left_alone_and_a_larger_total_extends_it(run_main):
-    assert run_main(SCRIPT, *small(650), "--runs-dir", "whole").code == 0
-    assert run_main(SCRIPT, *small(400)).code == 0
+def test_a_complete_run_is_left_alone_and_a_larger_total_extends_it(run_main, trained, run_of_400):
     before = files(RUN_DIR)
     # With arguments that cannot change the result, too
     for args in (small(400), [*small(400, checkpoint_every=77), "--save-every", 200]):
@@ -118,47 +122,33 @@ def test_a_complete_run_is_left_alone_and_a_larger_total_extends_it(run_main):
         assert finished.code == 0 and "complete" in finished.out
         assert files(RUN_DIR) == before
     assert run_main(SCRIPT, *small(650)).code == 0
-    assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 650)
+    assert_same_run(RUN_DIR, trained / "650" / RUN_DIR, 650)
     before = files(RUN_DIR)
     assert_refused(run_main(SCRIPT, *small(400)), "has already reached global_step 650")
     assert files(RUN_DIR) == before
 
 
-def test_other_arguments_are_refused_with_the_fields_that_differ(run_main):
-    assert run_main(SCRIPT, *small(200)).code == 0
+def test_other_arguments_are_refused_with_the_fields_that_differ(run_main, run_of_400):
     before = files(RUN_DIR)
-    finished = run_main(SCRIPT, *small(300), "--gamma", 0.9, "--actor-lr", 1e-3)
+    finished = run_main(SCRIPT, *small(650), "--gamma", 0.9, "--actor-lr", 1e-3)
     assert_refused(finished, "gamma was 0.99 and is 0.9", "actor_lr was", "--exp-name")
     assert "critic" not in finished.err
     assert files(RUN_DIR) == before
 
 
-def test_a_second_process_is_refused(tmp_path, run_main):
-    process = start(SCRIPT, *small(100_000), cwd=tmp_path)
-    process.stdout.readline()
-    try:
-        assert_refused(run_main(SCRIPT, *small(100_000)), "another process is training in runs/")
-        assert process.poll() is None
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.mark.parametrize("how", ["truncated", "garbage", "empty", "one flipped bit"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_main, how):
-    assert run_main(SCRIPT, *small(650), "--runs-dir", "whole").code == 0
-    assert run_main(SCRIPT, *small(400)).code == 0
+@pytest.mark.parametrize("how", ["truncated", "empty", "one flipped bit"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_main, trained, run_of_400, how):
     damage(RUN_DIR / "checkpoint.pt", how)
     finished = run_main(SCRIPT, *small(650))
     assert finished.code == 0 and "checkpoint.pt is damaged" in finished.err
-    assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 650)
+    assert_same_run(RUN_DIR, trained / "650" / RUN_DIR, 650)
 
 
-def test_two_damaged_checkpoints_are_refused_and_nothing_is_changed(run_main):
-    assert run_main(SCRIPT, *small(400)).code == 0
+@pytest.mark.parametrize("how", ["truncated", "removed"])
+def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, run_of_400, how):
     (RUN_DIR / "summary.json").unlink()
-    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
-        damage(RUN_DIR / name, "truncated")
+    for file in RUN_DIR.glob("checkpoint*.pt"):
+        file.unlink() if how == "removed" else damage(file, how)
     before = files(RUN_DIR)
     assert_refused(run_main(SCRIPT, *small(400)), "no intact checkpoint in", "remove the directory")
     assert files(RUN_DIR) == before
@@ -169,16 +159,12 @@ def test_two_damaged_checkpoints_are_refused_and_nothing_is_changed(run_main):
     [
         (["--critic", "sa_hyper"], ["--critic", "'sa_hyper'", "sa-hyper", "resnet35"]),
         (["--bach-size", "3"], ["--bach-size", "--batch-size"]),
-        (["--batch-size", "many"], ["--batch-size", "many"]),
         (["--batch-size", "0"], ["--batch-size 0: must be at least 1"]),
         (["--seed", "-1"], ["--seed -1: must be at least 0"]),
         (["--actor-lr", "nan"], ["--actor-lr nan"]),
-        (["--actor-lr", "inf"], ["--actor-lr inf"]),
         (["--gamma", "1.5"], ["--gamma 1.5: must be at most 1"]),
-        (["--primary-widths"], ["--primary-widths needs at least one number"]),
         (["--primary-widths", "8", "0"], ["--primary-widths 0: must be at least 1"]),
         (["--learning-starts", "1000000"], ["--learning-starts must be below --total-timesteps"]),
-        (["--env-kwargs", "no_value"], ["--env-kwargs"]),
         (["--runs-dir", "/dev/null/runs"], ["--runs-dir /dev/null/runs: cannot write"]),
         (["--device", "no_such_device"], ["--device no_such_device"]),
     ],
@@ -199,32 +185,28 @@ def test_a_non_finite_reward_or_observation_stops_the_run(run_main, tmp_path, qu
 
 
 def test_a_non_finite_loss_stops_the_run(run_main):
-    args = small(400) + ["--critic-lr", 1e18]
-    assert_refused(run_main(SCRIPT, *args), "critic_loss is not finite at global_step 101", code=1)
+    finished = run_main(SCRIPT, *small(400), "--critic-lr", 1e18)
+    assert_refused(finished, "critic_loss is not finite at global_step 101", code=1)
     state = torch.load(RUN_DIR / "checkpoint.pt", weights_only=True)
     assert all(p.isfinite().all() for p in state["agent"].values())
     assert not (RUN_DIR / "summary.json").exists()
 
 
-def test_a_full_disk_while_writing_a_checkpoint(tmp_path):
+def test_a_full_disk_while_writing_a_checkpoint(run_main, run_of_400):
     """A limit on the size of a file stands for the full disk: the write fails half way."""
-    assert start(SCRIPT, *small(400), cwd=tmp_path).wait() == 0
-    run_dir = tmp_path / RUN_DIR
-    checkpoint = (run_dir / "checkpoint.pt").read_bytes()
+    checkpoint = (RUN_DIR / "checkpoint.pt").read_bytes()
     limit = len(checkpoint) // 2
 
     def limit_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    process = start(SCRIPT, *small(650), cwd=tmp_path, preexec_fn=limit_files)
+    process = start(SCRIPT, *small(650), preexec_fn=limit_files)
     _, err = process.communicate()
     assert process.returncode == 1 and "Traceback" not in err
     assert "error: cannot write" in err and "checkpoint" in err and "File too large" in err
-    assert (run_dir / "checkpoint.pt").read_bytes() == checkpoint
-    assert not list(run_dir.glob("*.tmp"))
-    process = start(SCRIPT, *small(650), cwd=tmp_path)  # disk space is back
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    assert (RUN_DIR / "checkpoint.pt").read_bytes() == checkpoint
+    assert not list(RUN_DIR.glob("*.tmp"))
+    assert run_main(SCRIPT, *small(650)).code == 0  # disk space is back
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -238,7 +220,12 @@ def test_a_full_disk_under_tensorboard_ends_the_run_and_is_said(run_main, monkey
     assert not (RUN_DIR / "summary.json").exists()
 
 
-def test_track_starts_a_run_that_a_resumed_process_continues(run_main, monkeypatch, tmp_path):
+def test_track_needs_wandb_and_a_resumed_process_continues_its_run(run_main, monkeypatch, tmp_path):
+    find_spec = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        without = lambda name, *args: name != "wandb" and find_spec(name, *args)  # noqa: E731
+        patch.setattr(importlib.util, "find_spec", without)
+        assert_refused(run_main(SCRIPT, "--track"), "pip install wandb")
     module = tmp_path / "modules" / "wandb.py"
     module.parent.mkdir()
     module.write_text(
@@ -247,8 +234,8 @@ def test_track_starts_a_run_that_a_resumed_process_continues(run_main, monkeypat
         "    open('wandb.jsonl', 'a').write(json.dumps(options, default=str) + '\\n')\n"
     )
     monkeypatch.syspath_prepend(module.parent)
-    assert run_main(SCRIPT, *small(200), "--track").code == 0
-    assert run_main(SCRIPT, *small(400), "--track").code == 0
+    for steps in (120, 140):
+        assert run_main(SCRIPT, *small(steps), "--track").code == 0
     first, second = map(json.loads, Path("wandb.jsonl").read_text().splitlines())
     assert first["id"] == second["id"] == "td3_hyper-InvertedPendulum-v4-sa-hyper-seed1"
     assert second["resume"] == "allow" and second["sync_tensorboard"] is True
