@@ -55,7 +55,7 @@ def start(script, *args: object, **options) -> subprocess.Popen:
 
 
 # A small run of TD3 or SAC
-SMALL = ["--env-id", "InvertedPendulum-v4", "--primary-widths", 8, 16, "--dynamic-width", 8]
+SMALL = ["--env-id", "InvertedPendulum-v4", "--critic", "mlp-small"]
 SMALL += ["--learning-starts", 100, "--batch-size", 8, "--buffer-size", 700]
 SMALL += ["--eval-every", 200, "--eval-episodes", 2]
 

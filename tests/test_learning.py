@@ -1,4 +1,4 @@
-"""Agents learn to park a cart within 600 updates; the same agent with a broken update does not."""
+"""Agents learn to park a cart within 600 updates."""
 
 import csv
 from pathlib import Path
@@ -8,13 +8,11 @@ import pytest
 from conftest import ROOT
 
 # Random actions return about -270, none at all -150, a good controller -0.5.
-SOLVED, FAILED = -10, -100
+SOLVED = -10
 OPTIONS = ["--env-id", "toy_envs:Cart-v0", "--total-timesteps", 800, "--learning-starts", 200]
 OPTIONS += ["--eval-every", 200, "--eval-episodes", 10, "--batch-size", 64]
 OPTIONS += ["--gamma", 0.9, "--tau", 0.02, "--actor-lr", 1e-3, "--critic-lr", 1e-3]
 OPTIONS += ["--primary-widths", 16, 32, "--dynamic-width", 32]
-RIGHT = {"td3_hyper.py": "loss = -q_value(", "sac_hyper.py": "* log_prob - q)"}
-WRONG = {"td3_hyper.py": "loss = q_value(", "sac_hyper.py": "* log_prob + q)"}
 
 
 def best_return(run_main, script: Path, critic: str) -> float:
@@ -29,6 +27,6 @@ def best_return(run_main, script: Path, critic: str) -> float:
 
 
 @pytest.mark.parametrize("critic", ["mlp", "sa-hyper"])
-@pytest.mark.parametrize("script", RIGHT)
+@pytest.mark.parametrize("script", ["td3_hyper.py", "sac_hyper.py"])
 def test_agent_parks_the_cart(run_main, script, critic):
     assert best_return(run_main, ROOT / script, critic) > SOLVED

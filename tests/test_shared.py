@@ -26,8 +26,8 @@ def test_a_script_is_the_method_first_and_then_the_machinery(script):
     """The order of the files' parts, and the line by which a reader meets the first network."""
     text = source(script)
     names = [getattr(node, "name", "") for node in ast.parse(text).body]
-    shared = ["stop", "warn", "check_args", "write", "Run"]
-    assert [name for name in names if name][-6:] == ["train", *shared]
+    shared = ["stop", "check_args", "write", "Run"]
+    assert [name for name in names if name][-5:] == ["train", *shared]
     assert names.index("Args") < names.index("Policy" if "Policy" in names else "Actor")
     assert text.index('os.environ.setdefault("GOMP_SPINCOUNT", "1000")') < text.index(
         "import torch"
