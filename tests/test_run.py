@@ -216,7 +216,7 @@ def test_a_full_disk_under_tensorboard_ends_the_run_and_is_said(run_main, monkey
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
     finished = run_main(SCRIPT, *small(400))
-    assert finished.code == 1 and "error: the disk is full: [Errno 28]" in finished.err
+    assert finished.code == 1 and "error: [Errno 28] No space left on device" in finished.err
     assert not (RUN_DIR / "summary.json").exists()
 
 

