@@ -142,11 +142,10 @@ def read_table(file: Path, columns: list[str], settings: dict) -> list[dict]:
     return table.to_dict("records")
 
 
-def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict]) -> pd.DataFrame:
+def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict]) -> None:
     """Writes all rows, in the order of `key`."""
     table = pd.DataFrame(rows, columns=columns).sort_values(key)
     td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
-    return table
 
 
 def check_env(run_args, num_actions: int) -> None:
@@ -172,7 +171,7 @@ def make_envs(run_args, number: int) -> list[gym.Env]:
 def load(networks: torch.nn.Module, file: Path) -> dict:
     """Loads a step_N.pt, and returns it; ends here if it is not of these networks."""
     try:
-        weights = torch.load(file, weights_only=True)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
         networks.load_state_dict(weights)
     except Exception as error:  # many kinds, depending on where the damage is
         stop(f"{file} does not hold the networks of this run: {error}")
@@ -182,8 +181,7 @@ def load(networks: torch.nn.Module, file: Path) -> dict:
 def sample_states(envs: list, policy, rng: np.random.Generator, limit: int) -> np.ndarray:
     """Brings each environment to a state of the policy's own distribution: obs (S, obs).
 
-    That is where the policy is after a random number of steps, below `limit`, counted through the
-    ends of the episodes (released).
+    A random number of steps, below `limit`, leads there, through ends of episodes too (released).
     """
     obs = np.stack([env.reset(seed=int(rng.integers(2**31)))[0] for env in envs])
     num_steps = rng.integers(limit, size=len(envs))
@@ -241,11 +239,7 @@ def discounted_returns(envs, obs, actions, policy, value, gamma: float, hold: in
 
 
 def estimate_gradient(actions: np.ndarray, returns: np.ndarray) -> np.ndarray:
-    """Slope of the linear least-squares fit with intercept: (N, action), (N,) -> (action,).
-
-    The intercept takes up any constant, so the first return may be subtracted: then the slope of
-    returns that are all the same is exactly 0.
-    """
+    """Slope of the least-squares fit, 0 for equal returns: (N, action), (N,) -> (action,)"""
     inputs = np.column_stack([actions - actions.mean(0), np.ones(len(actions))])
     return np.linalg.lstsq(inputs, returns - returns[0], rcond=None)[0][:-1]
 
@@ -258,7 +252,7 @@ def cosine_similarity(a: np.ndarray, b: np.ndarray) -> float:
 
 def compare(a: np.ndarray, critic: np.ndarray, true: np.ndarray, second=None) -> dict[str, float]:
     """The measured columns of a row: of π(s), the critic's gradient and one or two estimates."""
-    weight = 1 - a**2  # derivative of the actor's tanh
+    weight = 1 - a**2
     return {
         "cosine_similarity": cosine_similarity(true, critic),
         "similarity_weighted": cosine_similarity(weight * true, weight * critic),
@@ -372,9 +366,8 @@ def main(args: Args) -> None:
         names = dict(zip([*RUN, "step"], (*run, step)))
         rows += [names | {"state": i} | row | settings for i, row in enumerate(new)]
         save_table(file, COLUMNS, [*RUN, "step", "state"], rows)
-        means = pd.DataFrame(new)[[*SIMILARITIES, "saturated"]].mean().dropna()
-        means = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-        bar.write(f"{run_dir} step {step}: {means}")
+        mean = pd.DataFrame(new).cosine_similarity.mean()
+        bar.write(f"{run_dir} step {step}: mean similarity {mean:.3f}")
         sys.stdout.flush()
     table = pd.DataFrame(rows)
     for env_id, of_env in table.groupby("env_id"):
