@@ -291,15 +291,6 @@ def test_a_rollout_generates_its_weights_once_and_ends_where_the_ant_falls(model
     assert (rollout.alive == expected).all() and rollout.reward.shape == (2, 4, 15)
 
 
-def test_context_reaches_the_context_and_hyper_policies_alone():
-    for model in MODELS:
-        policy = make_policy(make_args(model))
-        obs = torch.randn(1, N, OBS).expand(2, -1, -1)
-        mean, log_std = policy(torch.tensor([[-1.0], [1.0]]), obs)
-        assert mean.shape == (2, N, ACTION) and log_std.shape == (2, 1, ACTION)
-        assert torch.equal(mean[0], mean[1]) == (model == "vanilla")
-
-
 def test_policies_at_full_size_are_those_of_the_paper():
     torch.set_default_dtype(torch.float32)
     vanilla, context, hyper = (Policy(20, 6, Args(model=model)) for model in MODELS)
@@ -360,8 +351,6 @@ def test_vanilla_learns_to_adapt_and_context_and_hyper_need_no_adaptation():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_bfloat16_policies_have_the_surrogate_and_the_meta_gradient_of_float32(model):
-    """The surrogate and the KL of a moved policy within 5 % of float32's, the meta-gradients and a
-    Fisher product with a cosine of at least 0.999; outputs, steps and gradients are float32."""
     torch.set_default_dtype(torch.float32)
     args = make_args(model, primary_widths=(32, 64), dynamic_width=32, num_adapt_steps=2)
     batches = [Batch(*(x.float() for x in batch)) for batch in make_batches(3)]

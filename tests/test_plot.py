@@ -208,13 +208,13 @@ def test_experiments_are_told_apart_and_each_critic_has_a_colour(run_main, figur
         write_td3(Path(f"runs/{exp_name}/my-pack-mine-Walker-v0/mlp/seed10"), values)
     assert run_main(SCRIPT, "runs/init_released", "runs/init_bias", "--out", "out").code == 0
     (axis,) = figures["learning_curves.png"].axes
-    lines, texts = (
-        figures["learning_curves.png"].legends[0].get_lines(),
-        [text.get_text() for text in figures["learning_curves.png"].legends[0].get_texts()],
-    )
-    assert texts == ["init_bias mlp", "init_released mlp"]
+    legend = figures["learning_curves.png"].legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "init_bias mlp",
+        "init_released mlp",
+    ]
     drawn = {line.get_color(): tuple(line.get_ydata()) for line in axis.get_lines()}
-    assert [drawn[line.get_color()] for line in lines] == [(0, 6, 8), (0, 5, 9)]
+    assert [drawn[line.get_color()] for line in legend.get_lines()] == [(0, 6, 8), (0, 5, 9)]
     colours = runpy.run_path(str(SCRIPT))["COLOURS"]
     assert len({colours[critic] for critic in CRITICS}) == 8
 

@@ -66,8 +66,8 @@ def test_run_directory_holds_what_the_readme_says(run_main):
     assert [row["iteration"] for row in rows] == ["0"] * 10 + ["2"] * 10 + ["3"] * 10
     assert {row["goal"] for row in rows if row["split"] == "test"} == {"-1.0", "1.0"}
     assert rows[-1]["env_steps"] == str(3 * 2 * 3 * 2 * 8)
-    summary = json.loads((RUN_DIR / "summary.json").read_text())
     last = [float(r["return"]) for r in rows[-10:] if (r["split"], r["phase"]) == ("test", "post")]
+    summary = json.loads((RUN_DIR / "summary.json").read_text())
     assert summary["test_post_return"] == pytest.approx(sum(last) / 2) and summary["iteration"] == 3
     values = scalars(RUN_DIR)
     evaluations = {f"eval/{s}_{p}_return" for s in ("train", "test") for p in ("pre", "post")}

@@ -54,7 +54,7 @@ def test_td3_and_sac_differ_in_the_algorithm_alone():
     assert td3.keys() ^ sac.keys() == {"explore", "alpha_loss"}
     changed = difflib.ndiff(td3["train"].splitlines(), sac["train"].splitlines())
     changed = [line for line in changed if line[0] in "+-"]
-    assert len(changed) <= 20, "\n".join(changed)
+    assert len(changed) <= 21, "\n".join(changed)
     words = "alpha", "# Act", "# Learn", "epsilon", "action", "noise", "delayed", "learn"
     for line in changed:
         assert any(word in line for word in words), line
