@@ -64,6 +64,14 @@ def small(total_timesteps: int, checkpoint_every: int = 50) -> list:
     return SMALL + ["--total-timesteps", total_timesteps, "--checkpoint-every", checkpoint_every]
 
 
+# A small run of MAML or PEARL
+TASKS = ["--primary-widths", 8, 16, "--dynamic-width", 8, "--horizon", 8, "--eval-episodes", 1]
+TASKS += ["--num-test-goals", 2, "--num-train-goals", 4, "--meta-batch-size", 3]
+MAML = [*TASKS, "--episodes-per-goal", 2]
+PEARL = [*TASKS, "--num-initial-steps", 16, "--num-prior-steps", 8, "--num-posterior-steps", 8]
+PEARL += ["--num-collect-goals", 2, "--num-train-steps", 4, "--batch-size", 8]
+
+
 def assert_equal(a, b) -> None:
     assert type(a) is type(b)
     if isinstance(a, dict):
@@ -138,6 +146,19 @@ def graph_of(loss: torch.Tensor) -> tuple[set[int], int]:
             leaves.add(id(node.variable))
         todo += [parent for parent, _ in node.next_functions]
     return leaves, len(seen)
+
+
+def assert_close_in_bfloat16(losses, networks: list[torch.nn.Module]) -> None:
+    """In bfloat16, losses(precision), each of its network, are within 2 % of those in float32 and
+    their gradients have a cosine of at least 0.98; losses and gradients are float32 in both."""
+    pairs = zip(losses("float32"), losses("bfloat16"), networks)
+    for loss, loss_16, network in pairs:
+        gradients = [torch.autograd.grad(x, [*network.parameters()]) for x in (loss, loss_16)]
+        tensors = loss, loss_16, *gradients[0], *gradients[1]
+        assert {x.dtype for x in tensors} == {torch.float32}
+        flat = [torch.cat([x.flatten() for x in gradient]) for gradient in gradients]
+        assert cosine(*flat) > 0.98 and not torch.equal(*flat)
+        assert loss_16.item() == pytest.approx(loss.item(), rel=0.02)
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:

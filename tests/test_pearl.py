@@ -4,14 +4,19 @@ import copy
 import csv
 import json
 import math
-import signal
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, assert_same_run, cosine, graph_of, scalars, start
+from conftest import (
+    ROOT,
+    assert_close_in_bfloat16,
+    assert_refused,
+    graph_of,
+    scalars,
+)
 from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
@@ -143,22 +148,6 @@ def test_log_probability_equals_torch_distributions():
     torch.testing.assert_close(pearl.log_prob(u, noise, log_std), squashed.log_prob(transform(u)))
 
 
-def test_mlps_have_the_released_layers_and_start():
-    agent = pearl.Agent(OBS, ACTION, pearl.Args(model="mlp", device="cpu"))
-    for net, widths, output in (
-        (agent.q[1].net, (OBS + ACTION + 5, 300, 300, 300, 1), 3e-3),
-        (agent.v.net, (OBS + 5, 300, 300, 300, 1), 3e-3),
-        (agent.policy.net, (OBS + 5, 300, 300, 300, 2 * ACTION), 1e-3),
-        (agent.encoder.net, (OBS + ACTION + 1, 200, 200, 200, 2 * 5), 3e-3),
-    ):
-        linears = [layer for layer in net.layers if isinstance(layer, torch.nn.Linear)]
-        assert [x.weight.shape for x in linears] == [*zip(widths[1:], widths)]
-        bounds = [width**-0.5 for width in widths[1:-1]] + [output]
-        for linear, bound in zip(linears, bounds):
-            assert 0.95 * bound < linear.weight.abs().max() <= bound
-        assert all((linear.bias == 0.1).all() for linear in linears[:-1])
-
-
 @MODELS
 def test_the_policys_log_std_is_bounded_and_the_encoders_variance_never_zero(model):
     agent, args = make_agent(model=model)
@@ -254,21 +243,15 @@ def test_losses_and_gradients_equal_the_equations_with_every_transition_a_task_o
 
 @MODELS
 def test_bfloat16_has_the_losses_and_gradients_of_float32(model):
-    results = []
-    for precision in ("float32", "bfloat16"):
-        options = dict(primary_widths=(64, 128), dynamic_width=32, precision=precision)
-        agent, args = make_agent(model=model, **options)
-        batch, z, noise = make_batch(args)
-        q_loss = pearl.q_loss(agent, batch, z, args)
-        losses = q_loss, *pearl.v_and_policy_loss(agent, batch, z, noise, args)
-        for net, loss in zip((agent.q, agent.v, agent.policy), losses):
-            gradients = torch.autograd.grad(loss, [*net.parameters()])
-            assert {x.dtype for x in (loss, *gradients)} == {torch.float32}
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            results.append((loss.item(), flat))
-    for (loss, gradient), (loss_16, gradient_16) in zip(results[:3], results[3:]):
-        assert loss_16 == pytest.approx(loss, rel=0.02) and loss_16 != loss
-        assert cosine(gradient, gradient_16) > 0.98
+    agent, args = make_agent(model=model, primary_widths=(64, 128), dynamic_width=32)
+    batch, z, noise = make_batch(args)
+
+    def losses(precision: str):
+        args.precision = precision  # the networks have the same Args
+        v_loss, policy_loss = pearl.v_and_policy_loss(agent, batch, z, noise, args)
+        return pearl.q_loss(agent, batch, z, args), v_loss, policy_loss
+
+    assert_close_in_bfloat16(losses, [agent.q, agent.v, agent.policy])
 
 
 def test_the_oracle_is_the_goal_with_no_encoder_no_kl_and_nothing_to_adapt():
@@ -420,26 +403,13 @@ def flags(**options) -> list:
 SMALL = dict(env_id="HalfCheetahVel-v0", primary_widths=(8, 16), dynamic_width=8, horizon=20)
 SMALL |= dict(num_train_goals=3, num_test_goals=2, num_initial_steps=40, num_collect_goals=2)
 SMALL |= dict(num_prior_steps=20, num_posterior_steps=30, num_train_steps=3, meta_batch_size=2)
-SMALL |= dict(batch_size=8, context_batch_size=6, num_iterations=3, buffer_size=90)
+SMALL |= dict(batch_size=8, context_batch_size=6, num_iterations=3)
 RUN_DIR = Path("runs/pearl_hyper/HalfCheetahVel-v0/hyper/seed1")
 
 
 def read(run_dir: Path) -> list[dict]:
     with open(run_dir / "eval.csv") as stream:
         return list(csv.DictReader(stream))
-
-
-def test_a_run_killed_in_a_checkpoint_ends_like_one_never_killed(run_main, tmp_path):
-    args = flags(**SMALL)
-    assert run_main(SCRIPT, *args, "--runs-dir", "whole").code == 0
-    # Before the 8th rename, which puts the checkpoint of iteration 2 in place
-    process = start(ROOT / "tests" / "kill_in_checkpoint.py", 8, SCRIPT, *args, cwd=tmp_path)
-    _, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, err
-    finished = run_main(SCRIPT, *args)
-    assert finished.code == 0 and "iteration 1 of 3" in finished.out, finished
-    assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 3)
-    assert_refused(run_main(SCRIPT, *args, "--kl-weight", 1), "kl_weight was 0.1 and is 1.0")
 
 
 @pytest.mark.parametrize("model, context", [("hyper", "learned"), ("mlp", "oracle")])

@@ -12,8 +12,6 @@ import pandas as pd
 import pytest
 from conftest import ROOT, assert_refused, files
 
-from hypernet import CRITICS
-
 SCRIPT = ROOT / "analysis" / "plot.py"
 # Mean returns at steps 0, 10 and 20 of seeds 1 and 2.
 TD3 = {
@@ -200,23 +198,6 @@ def test_meta_rl_is_scored_on_test_goals_and_the_pair_has_both(tmp_path, run_mai
     assert list(train.get_lines()[1].get_ydata()) == [-8, -6, -3]
     assert list(test.get_lines()[1].get_ydata()) == [-8, -4, -2]
     assert train.get_title() == f"{MEDIUM} train (2 seeds)"
-
-
-def test_experiments_are_told_apart_and_each_critic_has_a_colour(run_main, figures):
-    returns = {"init_released": (0, 5, 9), "init_bias": (0, 6, 8)}
-    for exp_name, values in returns.items():
-        write_td3(Path(f"runs/{exp_name}/my-pack-mine-Walker-v0/mlp/seed10"), values)
-    assert run_main(SCRIPT, "runs/init_released", "runs/init_bias", "--out", "out").code == 0
-    (axis,) = figures["learning_curves.png"].axes
-    legend = figures["learning_curves.png"].legends[0]
-    assert [text.get_text() for text in legend.get_texts()] == [
-        "init_bias mlp",
-        "init_released mlp",
-    ]
-    drawn = {line.get_color(): tuple(line.get_ydata()) for line in axis.get_lines()}
-    assert [drawn[line.get_color()] for line in legend.get_lines()] == [(0, 6, 8), (0, 5, 9)]
-    colours = runpy.run_path(str(SCRIPT))["COLOURS"]
-    assert len({colours[critic] for critic in CRITICS}) == 8
 
 
 @pytest.mark.parametrize("name", ["td3", "maml", "pearl"])

@@ -1,5 +1,5 @@
-"""The run directory, which all scripts share: crash-only resume, refusals, errors. TD3 stands for
-the others here, whose own tests resume a killed run and refuse other arguments."""
+"""The run directory, which all scripts share: crash-only resume, refusals, errors. TD3 stands
+for the others where they have the same code."""
 
 import importlib.util
 import json
@@ -13,9 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, assert_same_run, damage, files, scalars, small, start
+from conftest import (
+    MAML,
+    PEARL,
+    ROOT,
+    assert_refused,
+    assert_same_run,
+    damage,
+    files,
+    scalars,
+    small,
+    start,
+)
 
-SCRIPT = ROOT / "td3_hyper.py"
+from meta_envs import FAMILIES
+
+SCRIPT, KILLER = ROOT / "td3_hyper.py", ROOT / "tests" / "kill_in_checkpoint.py"
 RUN_DIR = Path("runs/td3_hyper/InvertedPendulum-v4/mlp-small/seed1")
 
 
@@ -46,8 +59,7 @@ def test_a_run_killed_at_ten_random_moments_ends_like_one_never_killed(tmp_path)
     chance = random.Random(0)
     for moment in ["half", "1", None, "2", None, "3", None, "half", None, None]:
         if moment:  # while a checkpoint is written
-            args = (moment, SCRIPT, *small(steps))
-            process = start(ROOT / "tests" / "kill_in_checkpoint.py", *args, cwd=killed)
+            process = start(KILLER, moment, SCRIPT, *small(steps), cwd=killed)
         else:
             process = start(SCRIPT, *small(steps), cwd=killed)
             process.stdout.readline()  # it has begun
@@ -61,6 +73,30 @@ def test_a_run_killed_at_ten_random_moments_ends_like_one_never_killed(tmp_path)
     assert process.returncode == 0 and "damaged" not in err, err
     assert re.search(rf"global_step [1-9]\d* of {steps}", out)
     assert_same_run(killed / RUN_DIR, whole / RUN_DIR, steps)
+
+
+@pytest.mark.parametrize(
+    "name, args, steps",
+    [
+        ("sac_hyper", small(400), 400),
+        ("maml_hyper", [*MAML, "--inner-lr", 0.01, "--num-iterations", 5], 5),
+        ("pearl_hyper", [*PEARL, "--buffer-size", 30, "--num-iterations", 5], 5),
+    ],
+)
+def test_a_run_killed_in_a_checkpoint_ends_like_one_never_killed(
+    run_main, tmp_path, name, args, steps
+):
+    script = ROOT / f"{name}.py"
+    assert run_main(script, *args, "--runs-dir", "whole").code == 0
+    # Before the 8th rename, which puts the fourth checkpoint in place
+    process = start(KILLER, 8, script, *args, cwd=tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    finished = run_main(script, *args)
+    assert finished.code == 0 and re.search(r" [1-9]\d* of", finished.out), finished
+    (run_dir,) = Path("runs").glob("*/*/*/seed1")
+    assert_same_run(run_dir, Path("whole", *run_dir.parts[1:]), steps)
+    assert_refused(run_main(script, *args, "--gamma", 0.5), "gamma was 0.9", "and is 0.5")
 
 
 def test_a_bfloat16_run_resumes_bit_for_bit_and_keeps_its_precision(run_main, trained):
@@ -155,22 +191,31 @@ def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, r
 
 
 @pytest.mark.parametrize(
-    "args, words",
+    "name, args, words",
     [
-        (["--critic", "sa_hyper"], ["--critic", "'sa_hyper'", "sa-hyper", "resnet35"]),
-        (["--bach-size", "3"], ["--bach-size", "--batch-size"]),
-        (["--batch-size", "0"], ["--batch-size 0: must be at least 1"]),
-        (["--seed", "-1"], ["--seed -1: must be at least 0"]),
-        (["--actor-lr", "nan"], ["--actor-lr nan"]),
-        (["--gamma", "1.5"], ["--gamma 1.5: must be at most 1"]),
-        (["--primary-widths", "8", "0"], ["--primary-widths 0: must be at least 1"]),
-        (["--learning-starts", "1000000"], ["--learning-starts must be below --total-timesteps"]),
-        (["--runs-dir", "/dev/null/runs"], ["--runs-dir /dev/null/runs: cannot write"]),
-        (["--device", "no_such_device"], ["--device no_such_device"]),
+        ("td3", "--critic sa_hyper", ["--critic", "'sa_hyper'", "sa-hyper", "resnet35"]),
+        ("td3", "--bach-size 3", ["--bach-size", "--batch-size"]),
+        ("td3", "--batch-size 0", ["--batch-size 0: must be at least 1"]),
+        ("td3", "--seed -1", ["--seed -1: must be at least 0"]),
+        ("td3", "--actor-lr nan", ["--actor-lr nan"]),
+        ("td3", "--gamma 1.5", ["--gamma 1.5: must be at most 1"]),
+        ("td3", "--primary-widths 8 0", ["--primary-widths 0: must be at least 1"]),
+        ("td3", "--learning-starts 1000000", ["must be below --total-timesteps"]),
+        ("td3", "--runs-dir /dev/null/runs", ["--runs-dir /dev/null/runs: cannot write"]),
+        ("td3", "--device no_such_device", ["--device no_such_device"]),
+        ("sac", "--alpha -1", ["--alpha -1.0: must be at least 0"]),
+        ("maml", "--env-id Hopper-v4", ["--env-id", "Hopper-v4", *FAMILIES]),
+        ("maml", "--num-adapt-steps -1", ["--num-adapt-steps -1: must be at least 0"]),
+        ("maml", "--meta-batch-size 101", ["must not be above --num-train-goals"]),
+        ("maml", "--max-kl 0", ["--max-kl must be above 0"]),
+        ("pearl", "--num-prior-steps 0", ["--num-prior-steps 0: must be at least 1"]),
+        ("pearl", "--num-posterior-steps -1", ["--num-posterior-steps -1: must be at least 0"]),
     ],
 )
-def test_bad_use_says_what_is_wrong_and_leaves_nothing_behind(run_main, tmp_path, args, words):
-    assert_refused(run_main(SCRIPT, *args), *words)
+def test_bad_use_says_what_is_wrong_and_leaves_nothing_behind(
+    run_main, tmp_path, name, args, words
+):
+    assert_refused(run_main(ROOT / f"{name}_hyper.py", *args.split()), *words)
     assert list(tmp_path.iterdir()) == []
 
 
