@@ -79,7 +79,7 @@ def test_a_run_killed_at_ten_random_moments_ends_like_one_never_killed(tmp_path)
     "name, args, steps",
     [
         ("sac_hyper", small(400), 400),
-        ("maml_hyper", [*MAML, "--inner-lr", 0.01, "--num-iterations", 5], 5),
+        ("maml_hyper", [*MAML, "--num-iterations", 5, "--checkpoint-every", 1], 5),
         ("pearl_hyper", [*PEARL, "--buffer-size", 30, "--num-iterations", 5], 5),
     ],
 )
@@ -180,13 +180,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_main, trained, ru
     assert_same_run(RUN_DIR, trained / "650" / RUN_DIR, 650)
 
 
-@pytest.mark.parametrize("how", ["truncated", "removed"])
-def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, run_of_400, how):
-    (RUN_DIR / "summary.json").unlink()
+@pytest.mark.parametrize("lost", ["summary.json and damaged checkpoints", "checkpoints"])
+def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, run_of_400, lost):
     for file in RUN_DIR.glob("checkpoint*.pt"):
-        file.unlink() if how == "removed" else damage(file, how)
+        file.unlink() if lost == "checkpoints" else damage(file, "truncated")
+    if lost != "checkpoints":
+        (RUN_DIR / "summary.json").unlink()
     before = files(RUN_DIR)
-    assert_refused(run_main(SCRIPT, *small(400)), "no intact checkpoint in", "remove the directory")
+    finished = run_main(SCRIPT, *small(400), "--gamma", 0.9)
+    assert_refused(finished, "no intact checkpoint in", "remove the directory")
     assert files(RUN_DIR) == before
 
 
