@@ -290,7 +290,6 @@ def test_buffer_samples_the_tasks_asked_for_keeps_the_last_transitions_and_grows
     for _ in range(10):
         buffer.add(1, torch.zeros(200, 48))
     assert len(buffer.data[0]) == 0 and 2000 <= len(buffer.data[1]) <= 4000
-    assert [len(data) for data in buffer.state_dict()["data"]] == [0, 2000]
 
 
 @pytest.fixture
@@ -485,13 +484,12 @@ def test_non_finite_losses_weights_and_rewards_stop_the_run(run_main, monkeypatc
         roll_out(agent, envs, torch.zeros(2, 5))
 
 
-@MODELS
-def test_pearl_finds_the_goal_after_adaptation(run_main, monkeypatch, model):
+def test_pearl_finds_the_goal_after_adaptation(run_main, monkeypatch):
     """A point mass that does not know whether the goal is at -1 or +1 returns about -20."""
     family = Family("point", (-1.0, 1.0), (-1.0, 1.0), False, 0.0, 0.0)
     monkeypatch.setitem(meta_envs.FAMILIES, "HalfCheetahVel-v0", family)
     monkeypatch.setattr(meta_envs, "MetaVectorEnv", PointMass)
-    point = dict(env_id="HalfCheetahVel-v0", num_train_goals=2, num_test_goals=2, model=model)
+    point = dict(env_id="HalfCheetahVel-v0", num_train_goals=2, num_test_goals=2)
     point |= dict(num_initial_steps=200, num_collect_goals=4, num_prior_steps=40, tau=0.02)
     point |= dict(num_posterior_steps=40, horizon=20, eval_episodes=8, latent_dim=2, gamma=0.9)
     point |= dict(num_iterations=5, num_train_steps=100, meta_batch_size=4, batch_size=32)
