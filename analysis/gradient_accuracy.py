@@ -11,18 +11,17 @@ at a = π(s) are compared by their cosine similarity:
   then follows π to the end of the episode. Where the time limit cuts it after k steps,
   γ^k min_i Q'_i(s_k, π(s_k)) of the target critics stands for the rest. (released, all of it)
 
-Holding the action makes the return depend on it more strongly, but what is fitted is then not quite
-Q(s, a), after whose first step the policy takes over; `--hold 1` fits that. `--repeat` makes a
-second, independent estimate in each state: if the two agree with a similarity of c, the exact
-gradient would score about the square root of c, and no critic can score more. Runs of sac_hyper.py
-can be measured too, with their deterministic policy; their critics count the entropy, which the
-return does not.
+The held action moves the return more, but what is fitted is then not quite Q(s, a), after whose
+first step the policy takes over; `--hold 1` fits that. `--repeat` makes a second, independent
+estimate: if the two agree with a similarity of c, the exact gradient would score about √c, and no
+critic can score more. Runs of sac_hyper.py are measured with their deterministic policy; their
+critics count the entropy, which the return does not.
 
-Writes gradient_accuracy.csv, a row for each state, after each checkpoint, and in the end a picture
-for each environment. The same command again measures only what the table lacks: delete the table to
-measure runs that were trained afresh. The columns:
+Writes gradient_accuracy.csv, a row for each state, and a picture for each environment. The same
+command again measures only the checkpoints that the table lacks: delete it to measure runs that
+were trained afresh. The columns:
 - cosine_similarity, empty where a gradient is exactly 0, which counts as below every τ;
-- weighted_similarity, of (1 - π²) ∘ ∇_a, which is what the actor sees through its tanh;
+- similarity_weighted, of both gradients times 1 - π(s)², the slope of the actor's tanh;
 - similarity_of_two, of the two estimates of --repeat;
 - saturated, the share of the action's dimensions with |π(s)| > 0.95, where the tanh lets next to no
   gradient through and about half of the perturbed actions are clipped;
@@ -56,9 +55,11 @@ import td3_hyper
 from hypernet import CRITICS
 from td3_hyper import act, make_env, q_value, stop
 
+# In place of a run's own arguments, whatever it was trained on
+HERE = {"device": "cpu", "cuda_graph": False, "track": False}
 STD = 0.3  # of the actions around π(s), which are in [-1, 1] (released)
 RUN = ["env_id", "critic", "seed"]
-SIMILARITIES = ["cosine_similarity", "weighted_similarity", "similarity_of_two"]
+SIMILARITIES = ["cosine_similarity", "similarity_weighted", "similarity_of_two"]
 SETTINGS = ["num_states", "num_actions", "hold", "repeat", "exp_name"]  # the same in every row
 COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "norm_true", "norm_critic", *SETTINGS]
 
@@ -81,41 +82,41 @@ class Args:
     """make a second, independent estimate in every state"""
 
     def __post_init__(self):
-        if not self.runs:
-            raise ValueError("give run directories, or folders of them")
         if min(self.num_states, self.num_actions, self.hold) < 1:
             raise ValueError("--num-states, --num-actions and --hold must be at least 1")
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """The N of its step_N.pt."""
-    return sorted(int(file.stem.removeprefix("step_")) for file in run_dir.glob("step_*.pt"))
+    """The N of its step_N.pt; ends here if it has none."""
+    steps = sorted(int(file.stem.removeprefix("step_")) for file in run_dir.glob("step_*.pt"))
+    if not steps:
+        stop(f"{run_dir} has no step_N.pt: wait for its end or train with --save-every")
+    return steps
 
 
-def available(device: str) -> str:
-    """The device, or the CPU where there is no such device."""
+def read_config(config: Path, *scripts) -> tuple:
+    """Which of the scripts made the run, and its arguments."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        return "cpu"
-    return device
+        saved = json.loads(config.read_text())["args"]
+        (script,) = (s for s in scripts if {f.name for f in fields(s.Args)} == set(saved))
+        return script, script.Args(**{name: HERE.get(name, saved[name]) for name in saved})
+    except (OSError, ValueError, KeyError, TypeError):
+        names = " or ".join(f"{script.__name__}.py" for script in scripts)
+        stop(f"{config} does not hold the arguments of a run of {names} of this version")
 
 
 def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tuple]:
     """(env_id, model, seed) -> (script, its arguments, directory) of each run of the scripts."""
-    runs, experiments, names = {}, set(), " or ".join(f"{script.__name__}.py" for script in scripts)
+    runs, experiments, configs = {}, set(), set()
     for folder in folders:
-        if not any(folder.rglob("config.json")):
-            stop(f"{folder}: no run of {names} in there, a directory with a config.json")
-    for config in sorted({file.resolve() for f in folders for file in f.rglob("config.json")}):
-        try:
-            saved = json.loads(config.read_text())["args"]
-            (script,) = (s for s in scripts if {f.name for f in fields(s.Args)} == set(saved))
-            args = script.Args(**saved | {"device": available(saved["device"]), "track": False})
-        except (OSError, ValueError, KeyError, TypeError):
-            stop(f"{config} does not hold the arguments of a run of {names} of this version")
-        if not saved_steps(config.parent):
-            stop(f"{config.parent}: no step_N.pt, wait for its end or use --save-every")
+        if not (found := {file.resolve() for file in folder.rglob("config.json")}):
+            stop(f"{folder}: no run in there, a directory with a config.json")
+        configs |= found
+    if not configs:
+        stop("give run directories, or folders of them")
+    for config in sorted(configs):
+        script, args = read_config(config, *scripts)
+        saved_steps(config.parent)
         run = (args.env_id, getattr(args, model), args.seed)
         experiments.add(args.exp_name)
         if len(experiments) > 1:
@@ -141,11 +142,10 @@ def read_table(file: Path, columns: list[str], settings: dict) -> list[dict]:
     return table.to_dict("records")
 
 
-def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict]) -> pd.DataFrame:
+def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict]) -> None:
     """Writes all rows, in the order of `key`."""
     table = pd.DataFrame(rows, columns=columns).sort_values(key)
     td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
-    return table
 
 
 def check_env(run_args, num_actions: int) -> None:
@@ -168,22 +168,20 @@ def make_envs(run_args, number: int) -> list[gym.Env]:
     return envs
 
 
-def load(networks: torch.nn.Module, run_dir: Path, step: int) -> dict:
-    """Loads step_N.pt, and returns it; ends here if it is not of the run."""
-    file = run_dir / f"step_{step}.pt"
+def load(networks: torch.nn.Module, file: Path) -> dict:
+    """Loads a step_N.pt, and returns it; ends here if it is not of these networks."""
     try:
-        weights = torch.load(file, weights_only=True, map_location="cpu")
+        weights = torch.load(file, map_location="cpu", weights_only=True)
         networks.load_state_dict(weights)
     except Exception as error:  # many kinds, depending on where the damage is
-        stop(f"{file} does not hold the networks of {run_dir / 'config.json'}: {error}")
+        stop(f"{file} does not hold the networks of this run: {error}")
     return weights
 
 
 def sample_states(envs: list, policy, rng: np.random.Generator, limit: int) -> np.ndarray:
     """Brings each environment to a state of the policy's own distribution: obs (S, obs).
 
-    That is where the policy is after a random number of steps, below `limit`, counted through the
-    ends of the episodes (released).
+    A random number of steps, below `limit`, leads there, through ends of episodes too (released).
     """
     obs = np.stack([env.reset(seed=int(rng.integers(2**31)))[0] for env in envs])
     num_steps = rng.integers(limit, size=len(envs))
@@ -241,11 +239,7 @@ def discounted_returns(envs, obs, actions, policy, value, gamma: float, hold: in
 
 
 def estimate_gradient(actions: np.ndarray, returns: np.ndarray) -> np.ndarray:
-    """Slope of the linear least-squares fit with intercept: (N, action), (N,) -> (action,).
-
-    The intercept takes up any constant, so the first return may be subtracted: then the slope of
-    returns that are all the same is exactly 0.
-    """
+    """Slope of the least-squares fit, 0 for equal returns: (N, action), (N,) -> (action,)"""
     inputs = np.column_stack([actions - actions.mean(0), np.ones(len(actions))])
     return np.linalg.lstsq(inputs, returns - returns[0], rcond=None)[0][:-1]
 
@@ -258,10 +252,10 @@ def cosine_similarity(a: np.ndarray, b: np.ndarray) -> float:
 
 def compare(a: np.ndarray, critic: np.ndarray, true: np.ndarray, second=None) -> dict[str, float]:
     """The measured columns of a row: of π(s), the critic's gradient and one or two estimates."""
-    weight = 1 - a**2  # derivative of the actor's tanh
+    weight = 1 - a**2
     return {
         "cosine_similarity": cosine_similarity(true, critic),
-        "weighted_similarity": cosine_similarity(weight * true, weight * critic),
+        "similarity_weighted": cosine_similarity(weight * true, weight * critic),
         "similarity_of_two": np.nan if second is None else cosine_similarity(true, second),
         "saturated": (abs(a) > 0.95).mean(),
         "norm_true": np.linalg.norm(true),
@@ -327,11 +321,9 @@ def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
         axis.set(xlabel="environment steps", ylabel="states (%)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.locator_params(axis="x", nbins=5)
-    for axis in (threshold, quarter, three_quarters):
-        axis.set_ylim(bottom=0)
-    threshold.set(title="(a) states above τ, all steps", xlabel="threshold τ", xlim=(0, 1))
-    quarter.set(title="(b) states above τ = 0.25")
-    three_quarters.set(title="(c) states above τ = 0.75")
+    threshold.set(title="(a) states above τ, all steps", xlabel="threshold τ", ylim=(0, None))
+    quarter.set(title="(b) states above τ = 0.25", ylim=(0, None))
+    three_quarters.set(title="(c) states above τ = 0.75", ylim=(0, None))
     mean.set(title="(d) mean and interquartile range", ylabel="cosine similarity")
     mean.axhline(0, color="black", linewidth=0.8)
     threshold.legend(title="critic (runs)", frameon=False)
@@ -367,16 +359,15 @@ def main(args: Args) -> None:
     for *run, step in (bar := tqdm(todo, disable=None)):  # a bar on a terminal
         script, run_args, run_dir = runs[tuple(run)]
         envs = make_envs(run_args, args.num_states + args.num_actions)
-        spaces = envs[0].observation_space, envs[0].action_space
-        agent = script.Agent(*(space.shape[0] for space in spaces), run_args)
-        load(agent, run_dir, step)
+        dims = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+        agent = script.Agent(*dims, run_args)
+        load(agent, run_dir / f"step_{step}.pt")
         new = measure(agent, run_args, envs, args, step)
         names = dict(zip([*RUN, "step"], (*run, step)))
         rows += [names | {"state": i} | row | settings for i, row in enumerate(new)]
         save_table(file, COLUMNS, [*RUN, "step", "state"], rows)
-        means = pd.DataFrame(new)[[*SIMILARITIES, "saturated"]].mean().dropna()
-        means = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-        bar.write(f"{run_dir} step {step}: {means}")
+        mean = pd.DataFrame(new).cosine_similarity.mean()
+        bar.write(f"{run_dir} step {step}: mean similarity {mean:.3f}")
         sys.stdout.flush()
     table = pd.DataFrame(rows)
     for env_id, of_env in table.groupby("env_id"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_equal, assert_same_run, small
+from conftest import MAML, PEARL, ROOT, assert_equal, assert_same_run, small
 
 import pearl_hyper
 import sac_hyper
@@ -14,11 +14,6 @@ from hypernet import CudaGraph
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 OBS, ACTION, B = 17, 6, 100
-TASKS = ["--primary-widths", 8, 16, "--dynamic-width", 8, "--horizon", 8, "--eval-episodes", 1]
-TASKS += ["--num-test-goals", 2, "--num-train-goals", 4, "--meta-batch-size", 3]
-MAML = [*TASKS, "--episodes-per-goal", 2]
-PEARL = [*TASKS, "--num-initial-steps", 16, "--num-prior-steps", 8, "--num-posterior-steps", 8]
-PEARL += ["--num-collect-goals", 2, "--num-train-steps", 4, "--batch-size", 8]
 
 
 def prepare(script, **options):

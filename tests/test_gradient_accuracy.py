@@ -85,21 +85,15 @@ def draw_states(num: int) -> np.ndarray:
     return np.random.default_rng(3).standard_normal((num, 4)) * 4
 
 
-def regulator_estimates(hold=1, noise=0.0):
-    """Estimated gradients and returns of 50 states, 15 rollouts each, cut after 20 steps."""
-    rng, estimates, all_returns = np.random.default_rng(0), [], []
-    for i, s in enumerate(draw_states(50)):
-        envs = [Regulator(s, limit=20, noise=noise, seed=(i, j)) for j in range(15)]
+def regulator_estimates(hold: int) -> np.ndarray:
+    """Estimated gradients of 50 states, 15 rollouts each, cut after 20 steps."""
+    rng, estimates = np.random.default_rng(0), []
+    for s in draw_states(50):
+        envs = [Regulator(s, limit=20) for _ in range(15)]
         actions = policy(s) + ga.STD * rng.standard_normal((15, 3))
         returns = ga.discounted_returns(envs, s, actions, policy, value, GAMMA, hold)
         estimates.append(ga.estimate_gradient(actions, returns))
-        all_returns.append(returns)
-    return np.array(estimates), np.array(all_returns)
-
-
-def mean_similarity(estimates, hold=1) -> float:
-    true = [gradient(s, policy(s), hold) for s in draw_states(50)]
-    return np.mean([ga.cosine_similarity(x, y) for x, y in zip(estimates, true)])
+    return np.array(estimates)
 
 
 def test_the_regulators_closed_form_is_right():
@@ -111,21 +105,16 @@ def test_the_regulators_closed_form_is_right():
 
 @pytest.mark.parametrize("hold", [1, 3])
 def test_without_noise_the_estimate_is_the_regulators_gradient(hold):
-    estimates, _ = regulator_estimates(hold)
-    assert mean_similarity(estimates, hold) > 0.99
-    true = [gradient(s, policy(s), hold) for s in draw_states(50)]
+    def similarity(true) -> float:
+        return np.mean([ga.cosine_similarity(x, y) for x, y in zip(estimates, true)])
+
+    estimates, states = regulator_estimates(hold), draw_states(50)
+    true = [gradient(s, policy(s), hold) for s in states]
+    assert similarity(true) > 0.99
     norms = np.linalg.norm(estimates, axis=1) / np.linalg.norm(true, axis=1)
     assert 0.9 < np.median(norms) < 1.1
     if hold == 3:  # what is fitted is close to the gradient of Q, but not that
-        assert 0.9 < mean_similarity(estimates) < 0.98
-
-
-def test_with_moderate_noise_the_estimate_is_close():
-    """Noise in the dynamics that gives the returns half the spread that the actions give them."""
-    _, clean = regulator_estimates()
-    estimates, noisy = regulator_estimates(noise=0.03)
-    assert 0.4 < np.median((noisy - clean).std(1) / clean.std(1)) < 0.8
-    assert 0.9 < mean_similarity(estimates) < 0.99
+        assert 0.9 < similarity([gradient(s, policy(s)) for s in states]) < 0.98
 
 
 def test_an_offset_does_not_move_the_slope_and_equal_returns_have_none():
@@ -136,26 +125,17 @@ def test_an_offset_does_not_move_the_slope_and_equal_returns_have_none():
     assert (estimate == 0).all() and np.isnan(ga.cosine_similarity(estimate, slope))
 
 
+@pytest.mark.parametrize("terminate", [False, True])
 @pytest.mark.parametrize("hold", [1, 3])
-def test_a_rollout_cut_by_time_is_bootstrapped_wherever_it_is_cut(hold):
+def test_a_rollout_cut_by_time_is_bootstrapped_unless_it_terminated(hold, terminate):
     """With the true V after the cut, the closed form must come out, whatever the time limit."""
     s, limits = draw_states(1)[0], [1, 2, 3, 4, 17, 60]
     actions = np.random.default_rng(0).standard_normal((len(limits), 3))
-    envs = [Regulator(s, limit) for limit in limits]
+    envs = [Regulator(s, limit, terminate) for limit in limits]
     returns = ga.discounted_returns(envs, s, actions, policy, value, GAMMA, hold)
-    expected = [held_q(s, a, min(hold, limit)) for a, limit in zip(actions, limits)]
-    np.testing.assert_allclose(returns, expected, rtol=1e-9)
-
-
-def test_a_rollout_that_terminates_is_worth_nothing_more():
-    """Also where time is up at that very step."""
-    s = draw_states(1)[0]
-    actions = np.random.default_rng(0).standard_normal((2, 3))
-    envs = [Regulator(s, limit, terminate=True) for limit in (1, 2)]
-    returns = ga.discounted_returns(envs, s, actions, policy, value, GAMMA, hold=1)
-    rest = [GAMMA * value((A @ s + B @ actions[0])[None])[0]]
-    rest += [GAMMA**2 * value((M @ (A @ s + B @ actions[1]))[None])[0]]
-    expected = [held_q(s, a) - v for a, v in zip(actions, rest)]
+    expected = np.array([held_q(s, a, min(hold, limit)) for a, limit in zip(actions, limits)])
+    if terminate:  # worth nothing more, also where time is up at that very step
+        expected -= [GAMMA**limit * value(env.s[None])[0] for env, limit in zip(envs, limits)]
     np.testing.assert_allclose(returns, expected, rtol=1e-9)
 
 
@@ -195,16 +175,14 @@ def assert_alike(a, b) -> None:
     assert rest[-1]  # time is up
 
 
-@pytest.mark.parametrize(
-    "env_id", ["Hopper-v4", "Hopper-v5", "Walker2d-v4", "Ant-v4", "HalfCheetah-v4"]
-)
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v4", "HalfCheetah-v4"])
 def test_a_copied_state_steps_like_the_original_bit_for_bit(env_id):
     source, target = make_pair(env_id)
     ga.copy_state(source, [target])
     assert_alike(source, target)
 
 
-def test_the_check_of_a_copy_leaves_the_original_in_its_state_and_notices_a_partial_one(
+def test_the_check_of_a_copy_leaves_the_original_alone_and_notices_a_partial_one(
     monkeypatch, capsys
 ):
     (source, target), (reference, spare) = make_pair("Ant-v4"), make_pair("Ant-v4")
@@ -216,38 +194,32 @@ def test_the_check_of_a_copy_leaves_the_original_in_its_state_and_notices_a_part
         mujoco.mj_forward(model, target)
 
     monkeypatch.setattr(mujoco, "mj_copyData", copy_data)
-    source, target = make_pair("Ant-v4")
     with pytest.raises(SystemExit, match="2"):
-        ga.check_copy(source, target, target, np.zeros(8, np.float32))
+        ga.check_copy(*make_pair("Ant-v4"), spare, np.zeros(8, np.float32))
     assert "does not step alike" in capsys.readouterr().err
 
 
-def make_agent(action=None, **arguments) -> tuple:
-    """A small agent for Hopper and its arguments; its action may be the same in every state."""
-    args = td3_hyper.Args(critic="mlp-small", device="cpu", **arguments)
-    agent = td3_hyper.Agent(11, 3, args)
-    if action is not None:
-        agent.actor.output.weight.data.zero_()
-        agent.actor.output.bias.data[:] = torch.atanh(torch.tensor(action))
-    return agent, args
+class Critic(torch.nn.Module):
+    """Q(s, a) = q(a)"""
 
-
-class Paraboloid(torch.nn.Module):
-    """Q(s, a) = -|a - peak|²"""
-
-    def __init__(self, peak: float):
+    def __init__(self, q):
         super().__init__()
-        self.peak = peak
+        self.q = q
 
     def forward(self, obs, action):
-        return -(action - self.peak).square().sum(-1)
+        return self.q(action)
+
+
+def paraboloid(peak: float) -> Critic:
+    return Critic(lambda action: -(action - peak).square().sum(-1))
 
 
 def test_critic_gradient_and_bootstrap_are_taken_at_the_policys_action():
     """The gradient of the first critic, and the lower target critic."""
-    agent, args = make_agent()
-    agent.critics[0], agent.critics[1] = Paraboloid(2.0), Paraboloid(-2.0)
-    agent.target_critics[0], agent.target_critics[1] = Paraboloid(0.2), Paraboloid(-0.2)
+    args = td3_hyper.Args(critic="mlp-small", device="cpu")
+    agent = td3_hyper.Agent(11, 3, args)
+    agent.critics[0], agent.critics[1] = paraboloid(2.0), paraboloid(-2.0)
+    agent.target_critics[0], agent.target_critics[1] = paraboloid(0.2), paraboloid(-0.2)
     torch.nn.init.zeros_(agent.target_actor.output.weight)
     obs = np.random.default_rng(0).standard_normal((50, 11), dtype=np.float32) * 9
     a = td3_hyper.act(agent.actor, obs, "cpu")
@@ -260,97 +232,51 @@ def test_the_columns_of_a_state_by_hand():
     a = np.array([0.0, 0.75**0.5])  # 1 - π² is 1 and 1/4
     row = ga.compare(a, critic=np.array([3.0, 4.0]), true=np.array([2.0, 0.0]))
     assert row["cosine_similarity"] == pytest.approx(0.6)
-    assert row["weighted_similarity"] == pytest.approx(3 / 10**0.5)  # (3, 1) and (2, 0)
+    assert row["similarity_weighted"] == pytest.approx(3 / 10**0.5)  # (3, 1) and (2, 0)
     assert (row["norm_true"], row["norm_critic"], row["saturated"]) == (2, 5, 0)
     assert np.isnan(row["similarity_of_two"])
     gradients = np.eye(4)[0], np.eye(4)[0], np.array([1.0, 1.0, 0.0, 0.0])
     row = ga.compare(np.array([0.94, 0.96, -0.99, 0.1]), *gradients)
     assert row["saturated"] == 0.5 and row["similarity_of_two"] == pytest.approx(0.5**0.5)
-    assert row["cosine_similarity"] == pytest.approx(1)
-    assert np.isnan(ga.compare(np.ones(4), *gradients)["weighted_similarity"])
 
 
-class Slope(torch.nn.Module):
-    """Q(s, a) = slope · a"""
-
-    def forward(self, obs, action):
-        return action @ torch.tensor([0.6, 0.8, 0.0])
-
-
-def measure_linear_returns(monkeypatch, noise: float, action: list[float]) -> tuple:
-    """measure() of 200 states where a return is slope · a plus noise; also the actions."""
-    drawn, rng = [], np.random.default_rng(9)
+def test_without_noise_the_exact_critic_and_the_second_estimate_agree(monkeypatch):
+    """measure() of 200 states where a return is slope · a."""
+    drawn, slope = [], np.float32([0.6, 0.8, 0.0])
 
     def returns(envs, obs, actions, policy, value, gamma, hold):
         assert (gamma, hold) == (0.9, 4)
         drawn.append(actions)
-        return actions @ [0.6, 0.8, 0.0] + noise * rng.standard_normal(len(actions))
+        return actions @ slope
 
     monkeypatch.setattr(ga, "discounted_returns", returns)
     monkeypatch.setattr(ga, "sample_states", lambda *_: np.zeros((200, 11), np.float32))
-    agent, run_args = make_agent(action, gamma=0.9)
-    agent.critics[0] = Slope()
+    run_args = td3_hyper.Args(critic="mlp-small", device="cpu", gamma=0.9)
+    agent = td3_hyper.Agent(11, 3, run_args)
+    agent.critics[0] = Critic(lambda action: action @ torch.from_numpy(slope))
+    agent.actor.output.weight.data.zero_()
+    agent.actor.output.bias.data[:] = torch.atanh(torch.tensor([0.5, 0.96, -0.96]))
     args = ga.Args((Path(),), num_states=200, num_actions=60, hold=4, repeat=True)
     source, *copies = ga.make_envs(run_args, 6)
     envs = [source] * 200 + copies * 12
-    return pd.DataFrame(ga.measure(agent, run_args, envs, args, step=0)), np.array(drawn)
-
-
-def test_without_noise_the_exact_critic_and_the_second_estimate_agree(monkeypatch):
-    table, actions = measure_linear_returns(monkeypatch, 0.0, [0.5, 0.96, -0.96])
+    table = pd.DataFrame(ga.measure(agent, run_args, envs, args, step=0))
     np.testing.assert_allclose(table[ga.SIMILARITIES], 1, rtol=1e-5)
     np.testing.assert_allclose(table[["norm_true", "norm_critic"]], 1, rtol=1e-5)
     np.testing.assert_allclose(table.saturated, 2 / 3)
+    actions = np.array(drawn)
     assert actions.shape == (2 * 200, 60, 3) and (abs(actions) <= 1).all()
     assert len(np.unique(actions[..., 2])) > 2 * 200 * 60 / 2  # no estimate shares its actions
     assert 0.4 < (actions[..., 1] == 1).mean() < 0.5 and 0.1 < (actions[..., 0] < 0.2).mean() < 0.2
 
 
-def test_agreement_of_two_estimates_is_the_square_of_what_the_exact_gradient_scores(monkeypatch):
-    """The fit's error has variance noise² / (STD² (N - dims - 2)) in each dimension: 1/3."""
-    noise = ga.STD * ((60 - 3 - 2) / 3) ** 0.5
-    table, _ = measure_linear_returns(monkeypatch, noise, [0.0, 0.0, 0.0])
-    slope = np.array([0.6, 0.8, 0.0])
-    unit = slope + np.random.default_rng(1).standard_normal((2, 20000, 3)) / 3**0.5
-    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
-    two, one = (unit[0] * unit[1]).sum(-1).mean(), (unit @ slope).mean()
-    assert table.similarity_of_two.mean() == pytest.approx(two, abs=0.07)
-    assert table.cosine_similarity.mean() == pytest.approx(one, abs=0.05)
-    assert two == pytest.approx(one**2, abs=0.01)
-
-
-def test_the_picture_shows_the_four_panels_of_fig_3(monkeypatch, tmp_path):
-    rows = [(1, 0, -1.0), (2, 0, 0.5), (1, 10, 0.5), (2, 10, 1.0)]
-    rows = [("sa-hyper", *row) for row in rows] + [("mlp", 1, 0, np.nan), ("mlp", 1, 0, 0.25)]
-    table = pd.DataFrame(rows, columns=["critic", "seed", "step", "cosine_similarity"])
-    monkeypatch.setattr(ga.plt, "close", lambda figure: None)
-    ga.plot("Hopper-v4", table, tmp_path / "picture.png")
-    threshold, quarter, three_quarters, mean = ga.plt.gcf().axes
-    assert [axis.get_ylim()[0] for axis in (threshold, quarter, three_quarters)] == [0, 0, 0]
-    assert [line.get_label() for line in threshold.lines] == ["mlp (1)", "sa-hyper (2)"]
-    tau, share = threshold.lines[1].get_data()
-    assert [share[tau == t].item() for t in (0, 0.25, 0.5, 1)] == [75, 75, 25, 0]
-    assert list(threshold.lines[0].get_ydata()[[0, 50]]) == [50, 0]  # no gradient: not above
-    assert list(quarter.lines[1].get_ydata()) == [50, 100]
-    assert list(three_quarters.lines[1].get_ydata()) == [0, 50]
-    assert np.array(mean.lines[1].get_data()).tolist() == [[0, 10], [-0.25, 0.75]]
-    low, high = mean.collections[1].get_datalim(mean.transData).intervaly
-    assert (low, high) == (-0.625, 0.875)
-    ga.plt.close("all")
-
-
-def test_the_device_is_that_of_the_run_where_there_is_one():
-    assert ga.available("meta") == "meta"  # a device that is everywhere
-    assert ga.available("cuda:99") == "cpu"
-
-
 def make_run(run_dir: Path, *steps: int, script=td3_hyper, **arguments) -> Path:
-    """What a script leaves of a run that has not learned: config.json and step_N.pt."""
+    """What a run on a GPU leaves that has not learned: config.json and step_N.pt."""
     small = {"critic": "mlp-small", "device": "cpu", "env_kwargs": {"max_episode_steps": 30}}
     args = script.Args(**small | arguments)
     env = script.make_env(args)
     run_dir.mkdir(parents=True)
-    (run_dir / "config.json").write_text(json.dumps({"args": dataclasses.asdict(args)}))
+    saved = dataclasses.asdict(args) | {"device": "cuda", "cuda_graph": True}
+    (run_dir / "config.json").write_text(json.dumps({"args": saved}))
     for step in steps or (0,):
         torch.manual_seed(step)
         agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
@@ -358,86 +284,80 @@ def make_run(run_dir: Path, *steps: int, script=td3_hyper, **arguments) -> Path:
     return run_dir
 
 
-def test_one_row_a_state_a_picture_and_means(run_main):
+def test_a_row_for_each_state_and_it_goes_on_where_it_stopped(run_main):
     make_run(RUN, 0, 6)
-    finished = run_main(SCRIPT, RUN, *SMALL, "out", "--repeat")
+    finished = run_main(SCRIPT, RUN, *SMALL, "whole", "--repeat")
     assert finished.code == 0 and finished.err == "", finished
-    table = pd.read_csv(TABLE)
+    table = pd.read_csv(Path("whole", TABLE.name))
     assert list(table.columns) == ga.COLUMNS
     assert list(zip(table.step, table.state)) == [(n, i) for n in (0, 6) for i in (0, 1)]
     assert set(zip(table.env_id, table.critic, table.seed)) == {("Hopper-v4", "mlp-small", 1)}
     assert table[ga.SIMILARITIES].abs().le(1).all(axis=None) and (table.saturated == 0).all()
     assert (table[ga.SIMILARITIES].nunique() == 4).all()
-    checkpoints = table.groupby("step")[ga.SIMILARITIES].mean()
-    for n, means in checkpoints.iterrows():
-        numbers = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-        assert f"step {n}: {numbers}, saturated 0.000\n" in finished.out
-    means, cs = table[ga.SIMILARITIES].mean(), table.cosine_similarity
-    expected = [4, means.iloc[0], checkpoints.cosine_similarity.sem(), *means.iloc[1:]]
+    cs, means = table.cosine_similarity, table[ga.SIMILARITIES].mean()
+    checkpoints = cs.groupby(table.step).mean()
+    for n, mean in checkpoints.items():
+        assert f"step {n}: mean similarity {mean:.3f}\n" in finished.out
+    expected = [4, means.iloc[0], checkpoints.sem(), *means.iloc[1:]]
     expected += [(cs > 0.25).mean(), (cs > 0.75).mean(), 0]
     expected += [(table.norm_critic / table.norm_true).median()]
     printed = finished.out.split("mlp-small ")[-1].split()[:9]
     assert [float(number) for number in printed] == pytest.approx(expected, abs=1e-3)
-    assert PICTURE.read_bytes().startswith(b"\x89PNG")
-    # Without the second estimate all else is the same, bit for bit.
-    assert run_main(SCRIPT, RUN, *SMALL, "once").code == 0
-    once = pd.read_csv(Path("once", TABLE.name))
-    assert once.similarity_of_two.isna().all() and not once["repeat"].any()
-    other = ["similarity_of_two", "repeat"]
-    pd.testing.assert_frame_equal(once.drop(columns=other), table.drop(columns=other))
 
-
-def test_it_goes_on_where_it_stopped_and_refuses_a_table_of_other_settings(run_main):
-    make_run(RUN, 0, 6)
-    assert run_main(SCRIPT, RUN, *SMALL, "whole").code == 0
     (RUN / "step_0.pt").rename("step_0.pt")
-    assert run_main(SCRIPT, RUN, *SMALL, "out").code == 0 and len(pd.read_csv(TABLE)) == 2
+    options = [*SMALL, "out", "--repeat"]
+    assert run_main(SCRIPT, RUN, *options).code == 0 and len(pd.read_csv(TABLE)) == 2
     Path("step_0.pt").rename(RUN / "step_0.pt")
-    finished = run_main(SCRIPT, "runs", *SMALL, "out")
+    finished = run_main(SCRIPT, "runs", *options)
     assert finished.code == 0 and "step 0:" in finished.out and "step 6:" not in finished.out
-    assert TABLE.read_bytes() == Path("whole", TABLE.name).read_bytes()
+    assert files(Path("out")).keys() == {TABLE, PICTURE}
+    assert [*files(Path("out")).values()] == [*files(Path("whole")).values()]
     before = files(Path("out"))
-    for option in (["--hold", 7], ["--repeat"]):
-        assert_refused(run_main(SCRIPT, RUN, *SMALL, "out", *option), f"another {option[0][2:]}")
+    assert_refused(run_main(SCRIPT, RUN, *options, "--hold", 7), "another hold")
+    assert_refused(run_main(SCRIPT, RUN, *SMALL, "out"), "another repeat")
     other = make_run(Path("other"), exp_name="other")
-    assert_refused(run_main(SCRIPT, other, *SMALL, "out"), "another exp_name than other")
+    assert_refused(run_main(SCRIPT, other, *options), "another exp_name than other")
     assert files(Path("out")) == before
     TABLE.write_text("a,b\n1,2\n")
-    assert_refused(run_main(SCRIPT, RUN, *SMALL, "out"), str(TABLE), "another --out")
+    assert_refused(run_main(SCRIPT, RUN, *options), str(TABLE), "another --out")
 
 
 def test_the_estimate_depends_on_each_option_and_on_the_runs_discount(run_main):
     make_run(RUN)
     half, tables = make_run(Path("half"), gamma=0.5), []
-    for i, option in enumerate([(RUN,), (RUN, "--num-actions", 7), (RUN, "--hold", 1), (half,)]):
+    options = [(RUN, "--num-actions", 7), (RUN, "--hold", 1), (half,), (RUN,), (RUN, "--repeat")]
+    for i, option in enumerate(options):
         assert run_main(SCRIPT, *SMALL, i, *option).code == 0
         tables.append(pd.read_csv(Path(str(i), TABLE.name)))
-    assert len({table.norm_true[1] for table in tables}) == 4
-    assert (tables[3].norm_critic == tables[0].norm_critic).all()
+    *others, of_half, plain, repeated = tables
+    assert len({table.norm_true[1] for table in [*others, of_half, plain]}) == 4
+    assert (of_half.norm_critic == plain.norm_critic).all()
+    # The second estimate changes nothing else.
+    assert plain.similarity_of_two.isna().all() and not plain["repeat"].any()
+    own = ["similarity_of_two", "repeat"]
+    pd.testing.assert_frame_equal(plain.drop(columns=own), repeated.drop(columns=own))
 
 
-def test_the_eight_critics_of_td3_and_sac_and_a_picture_for_each_environment(run_main):
+def test_the_critics_of_td3_and_sac_and_a_picture_for_each_environment(run_main):
     small = dict(primary_widths=(8, 16), dynamic_width=8)
     for critic in CRITICS:
         make_run(Path("td3", critic), critic=critic, **small)
-    env_id, kwargs = "gymnasium.envs.mujoco:InvertedPendulum-v4", {"max_episode_steps": 2}
-    make_run(Path("td3/pendulum"), env_id=env_id, env_kwargs=kwargs, precision="bfloat16")
+    pendulum = dict(env_id="InvertedPendulum-v4", env_kwargs={"max_episode_steps": 2})
+    make_run(Path("td3/pendulum"), precision="bfloat16", **pendulum)
     make_run(Path("sac"), script=sac_hyper, critic="sa-hyper", **small)
     finished = run_main(SCRIPT, "td3", *SMALL, "out")
     assert finished.code == 0 and finished.err == ""
     table = pd.read_csv(TABLE).set_index("env_id")
     assert set(table.critic["Hopper-v4"]) == set(CRITICS) and len(table) == 2 * len(CRITICS) + 2
     assert table.cosine_similarity["Hopper-v4"].notna().all() and table.norm_true.notna().all()
-    name = env_id.replace(":", "-")
-    assert PICTURE.exists() and Path(f"out/gradient_accuracy_{name}.png").exists()
-    assert run_main(SCRIPT, "sac", *SMALL, "sac").code == 0
+    assert PICTURE.exists() and Path("out/gradient_accuracy_InvertedPendulum-v4.png").exists()
+    assert run_main(SCRIPT, "sac", *SMALL, "sac", "--hold", 1).code == 0
     assert pd.read_csv(Path("sac", TABLE.name)).cosine_similarity.notna().all()
 
 
 def test_bad_use_ends_with_a_message_and_writes_no_table(run_main):
-    for name in ("good", "copies/a", "copies/b", "experiments/a", "unsaved", "damaged", "maml"):
+    for name in ("good", "copies/a", "copies/b", "unsaved", "damaged", "maml"):
         make_run(Path(name))
-    make_run(Path("experiments/b"), exp_name="other", seed=2)
     make_run(Path("toy"), env_id="toy_envs:Truncating-v0")
     make_run(Path("endless"), env_kwargs={"max_episode_steps": -1})
     Path("unsaved/step_0.pt").unlink()
@@ -445,18 +365,15 @@ def test_bad_use_ends_with_a_message_and_writes_no_table(run_main):
     args = dataclasses.asdict(maml_hyper.Args(device="cpu"))
     Path("maml/config.json").write_text(json.dumps({"args": args}))
     for args, *words in [
-        ("", "run directories"),
+        ("", "give run directories"),
         ("good nowhere", "nowhere", "config.json"),
         ("maml", "maml/config.json", "td3_hyper.py or sac_hyper.py of this version"),
-        ("unsaved", "unsaved", "--save-every"),
+        ("unsaved", "unsaved has no step_N.pt", "--save-every"),
         ("good toy", "toy_envs:Truncating-v0", "MuJoCo"),  # before anything is measured
         ("endless", "no time limit"),
         ("copies", "copies/a", "copies/b", "are both"),
-        ("experiments", "other and td3_hyper: give"),
         ("damaged", "damaged/step_0.pt does not hold the networks"),
-        ("good --num-states 0", "at least 1"),
         ("good --num-actions 4", "--num-actions", "at least 5"),
-        ("good --out /dev/null/out", "/dev/null/out", "another --out"),
     ]:
         assert_refused(run_main(SCRIPT, *args.split()), *words)
     assert not any(Path("plots").iterdir())

@@ -70,11 +70,10 @@ def test_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(outputs, (meta, base, *parameters))
 
 
-@pytest.mark.parametrize("meta_dim", [1, 11, 111])
-@pytest.mark.parametrize("primary_widths", [(256, 512, 1024), (100,)])
-def test_paper_init_generates_weights_like_kaiming_uniform(meta_dim, primary_widths):
+@pytest.mark.parametrize("meta_dim", [1, 11])
+def test_paper_init_generates_weights_like_kaiming_uniform(meta_dim):
     torch.manual_seed(meta_dim)
-    net = HyperNetwork(meta_dim, 3, 1, primary_widths=primary_widths, init="paper")
+    net = HyperNetwork(meta_dim, 3, 1, init="paper")
     with torch.no_grad():
         hidden, output = net.generate(torch.randn(500, meta_dim))
     for (W, b, g), fan_in in ((hidden, 3), (output, 256)):
@@ -108,9 +107,6 @@ def test_released_init_has_the_published_constants():
             assert linear.weight.abs().max().item() == pytest.approx(bound, rel=0.02)
             assert linear.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
             assert (linear.bias == 0).all()
-    (W1, _, _), (W2, _, _) = net.generate(torch.randn(500, 11))
-    assert W1.std().item() == pytest.approx(0.042, rel=0.1)
-    assert W2.std().item() == pytest.approx(0.0072, rel=0.1)
 
 
 HOPPER, ANT = (11, 3), (27, 8)
@@ -123,9 +119,6 @@ HOPPER, ANT = (11, 3), (27, 8)
         ("mlp-small", HOPPER, 4_097),  # 15*256 + 257
         ("mlp-large", HOPPER, 8_459_301),  # paper: 9M
         ("resnet35", HOPPER, 4_609_537),  # paper: 4.5M
-        ("d2rl", HOPPER, 212_225),
-        ("resnet-features", HOPPER, 6_435_585),
-        ("as-hyper", HOPPER, 9_845_762),
         ("sa-hyper", HOPPER, 7_748_610),
         ("sa-hyper", ANT, 9_064_706),  # paper: 9M
     ],
@@ -193,13 +186,6 @@ def test_hyper_critics_differ_in_which_input_is_meta_and_features_feed_a_single_
     latent = features.features(obs)
     expected = output(torch.relu(hidden(torch.cat([latent, action], -1)))).squeeze(-1)
     torch.testing.assert_close(features(obs, action), expected)
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="sa-hyper"):
-        make_critic("sa_hyper", 5, 2)
-    with pytest.raises(ValueError, match="released"):
-        HyperNetwork(4, 3, 2, init="kaiming")
 
 
 def test_tuned_matrix_products_are_accurate_and_slow_bfloat16_is_said(monkeypatch, capsys):

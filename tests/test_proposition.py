@@ -17,15 +17,10 @@ top eigenvectors u of H and v of S.
 ⟨∇F, G⟩ ≥ (1 - α) ‖∇F‖² and ‖G‖ ≤ (1 + α) ‖∇F‖. So η ≤ (1 - α) / (1 + α)² / k̃ gives
 A ≥ η (1 - α) ‖∇F‖² / 2, which is positive.
 
-**What the statement leaves open.** (The appendix, which defines k̃, was not at hand.)
-- The paper's step maximizes the bound of this proof. Eq. 6 also implies ⟨∇F, G⟩ ≥ ‖G‖² / (1 + α),
-  so every step below 2 / (1 + α) / k̃ is safe; that cannot be improved for all policies.
+**What the statement leaves open.**
+- Every step below 2 / (1 + α) / k̃ is safe, because Eq. 6 also implies ⟨∇F, G⟩ ≥ ‖G‖² / (1 + α).
 - Where ∇F = 0, Eq. 6 allows no step, and the advantage is zero rather than positive.
-- A relative error ρ of ∇_a Q itself (root mean square over s and ε) means an α of at most
-  ρ √λmax(E[∇_φ μ ∇_φ μᵀ]) rms(∇_a Q) / ‖∇F‖, which may be above 1 when ρ is below.
-- With a Gaussian ε, ‖∇_φ μ‖ has no bound κ_μ, because ‖ψ‖ has none. Its mean square is enough:
-  k̃ ≤ κ_q E‖ψ‖². A policy that is not linear in φ adds to k̃ the Lipschitz constant of ∇_φ μ times
-  E‖∇_a Q‖, which the proposition does not assume to be bounded over all φ.
+- With a Gaussian ε, ‖∇_φ μ‖ has no bound κ_μ, but its mean square is enough: k̃ ≤ κ_q E‖ψ‖².
 """
 
 import numpy as np
@@ -48,10 +43,6 @@ S = PSI.T @ PSI / 160
 def average(f: np.ndarray) -> np.ndarray:
     """The average gradient operator of Eq. 6, E[∇_φ μ · f]; f has a row for every (s, ε)."""
     return f.T @ PSI / 160
-
-
-def rms(f: np.ndarray) -> float:
-    return np.sqrt((f**2).sum(1).mean())
 
 
 def quadratic(x: np.ndarray, W: np.ndarray) -> np.ndarray:
@@ -200,7 +191,7 @@ def test_a_step_a_few_times_larger_can_lower_the_advantage(alpha, times):
 
 
 @each_policy
-@pytest.mark.parametrize("alpha", [1.01, 1.5, 3])
+@pytest.mark.parametrize("alpha", [1.01, 3])
 def test_with_alpha_above_1_an_error_lowers_the_advantage_at_every_step(policy, alpha):
     for eta in np.geomspace(1e-4, 1, 9) / policy.k:
         measured, advantage = policy.ascend(eta, -alpha * policy.action_gradients)
@@ -211,32 +202,3 @@ def test_where_the_gradient_is_zero_the_advantage_of_eq_6_is_not_positive(rng):
     policy = Policy(np.hstack([BEST_K, np.zeros((2, 2))]))
     assert norm(policy.gradient) < 1e-12  # so G = 0 under Eq. 6
     assert all(policy.advantage(policy.phi + D) <= 0 for D in rng.standard_normal((100, 2, 5)))
-
-
-@each_policy
-def test_an_error_of_the_action_gradient_that_averages_out_does_no_harm(policy, rng):
-    noise = rng.standard_normal((160, 2))
-    noise -= PSI @ np.linalg.solve(S, average(noise).T)
-    noise *= 100 * rms(policy.action_gradients) / rms(noise)
-    alpha, advantage = policy.ascend(policy.step_size(0), noise)
-    assert alpha < 1e-10 and advantage > 0
-
-
-@each_policy
-def test_the_jacobian_limits_how_much_an_error_of_the_action_gradient_is_in_eq_6(policy, rng):
-    largest = np.sqrt(np.linalg.eigvalsh(S)[-1]) / norm(policy.gradient)  # α / rms of the error
-    errors = rng.standard_normal((300, 160, 2))
-    assert all(policy.ascend(0, e)[0] <= largest * rms(e) for e in errors)
-    reached = PSI @ np.outer(np.linalg.eigh(S)[1][:, -1], [1, 0])
-    assert policy.ascend(0, reached)[0] == pytest.approx(largest * rms(reached))
-
-
-def test_an_error_of_the_action_gradient_below_its_size_can_lower_the_advantage():
-    # K is wrong about the state that varies least, so the Jacobian makes little of a large ∇_a Q.
-    policy = Policy(np.hstack([BEST_K - [[0, 0, 0], [0, 0, 1]], 0.03 * np.eye(2)]))
-    error = -PSI @ policy.gradient.T
-    error *= 1.1 * norm(policy.gradient) ** 2 / rms(error) ** 2
-    assert rms(error) < 0.7 * rms(policy.action_gradients)
-    for eta in np.geomspace(1e-4, 1, 9) / policy.k:
-        alpha, advantage = policy.ascend(eta, error)
-        assert alpha > 1 and advantage < 0

@@ -1,22 +1,22 @@
-"""The run directory, which all scripts share: crash-only resume, refusals, errors. TD3 stands for
-the others here, whose own tests resume a killed run and refuse other arguments."""
+"""The run directory, which all scripts share: crash-only resume, refusals, errors. TD3 stands
+for the others where they have the same code."""
 
+import importlib.util
 import json
-import os
 import random
 import re
 import resource
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
+    MAML,
+    PEARL,
     ROOT,
-    SMALL,
     assert_refused,
     assert_same_run,
     damage,
@@ -26,16 +26,32 @@ from conftest import (
     start,
 )
 
-import td3_hyper
+from meta_envs import FAMILIES
 
-SCRIPT = ROOT / "td3_hyper.py"
-RUN_DIR = Path("runs/td3_hyper/InvertedPendulum-v4/sa-hyper/seed1")
+SCRIPT, KILLER = ROOT / "td3_hyper.py", ROOT / "tests" / "kill_in_checkpoint.py"
+RUN_DIR = Path("runs/td3_hyper/InvertedPendulum-v4/mlp-small/seed1")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Two complete runs: 400/runs and 650/runs."""
+    folder = tmp_path_factory.mktemp("trained")
+    for steps in ("400", "650"):
+        (folder / steps).mkdir()
+        assert start(SCRIPT, *small(steps), cwd=folder / steps).wait() == 0
+    return folder
+
+
+@pytest.fixture
+def run_of_400(run_main, trained) -> None:
+    """The complete run of 400 steps in the working directory."""
+    shutil.copytree(trained / "400/runs", "runs")
 
 
 def test_a_run_killed_at_ten_random_moments_ends_like_one_never_killed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
-    steps = 3000
+    steps = 2000
     process = start(SCRIPT, *small(steps), cwd=whole)
     _, err = process.communicate()
     assert process.returncode == 0, err
@@ -43,8 +59,7 @@ def test_a_run_killed_at_ten_random_moments_ends_like_one_never_killed(tmp_path)
     chance = random.Random(0)
     for moment in ["half", "1", None, "2", None, "3", None, "half", None, None]:
         if moment:  # while a checkpoint is written
-            args = (moment, SCRIPT, *small(steps))
-            process = start(ROOT / "tests" / "kill_in_checkpoint.py", *args, cwd=killed)
+            process = start(KILLER, moment, SCRIPT, *small(steps), cwd=killed)
         else:
             process = start(SCRIPT, *small(steps), cwd=killed)
             process.stdout.readline()  # it has begun
@@ -58,41 +73,53 @@ def test_a_run_killed_at_ten_random_moments_ends_like_one_never_killed(tmp_path)
     assert process.returncode == 0 and "damaged" not in err, err
     assert re.search(rf"global_step [1-9]\d* of {steps}", out)
     assert_same_run(killed / RUN_DIR, whole / RUN_DIR, steps)
-    for name, values in scalars(killed / RUN_DIR).items():
-        expected = scalars(whole / RUN_DIR)[name]
-        assert [step for step, _ in values] == [step for step, _ in expected], name  # none twice
-        assert values == expected or name == "charts/SPS"
 
 
-def test_a_bfloat16_run_resumes_bit_for_bit_and_keeps_its_precision(run_main):
+@pytest.mark.parametrize(
+    "name, args, steps",
+    [
+        ("sac_hyper", small(400), 400),
+        ("maml_hyper", [*MAML, "--num-iterations", 5, "--checkpoint-every", 1], 5),
+        ("pearl_hyper", [*PEARL, "--buffer-size", 30, "--num-iterations", 5], 5),
+    ],
+)
+def test_a_run_killed_in_a_checkpoint_ends_like_one_never_killed(
+    run_main, tmp_path, name, args, steps
+):
+    script = ROOT / f"{name}.py"
+    assert run_main(script, *args, "--runs-dir", "whole").code == 0
+    # Before the 8th rename, which puts the fourth checkpoint in place
+    process = start(KILLER, 8, script, *args, cwd=tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    finished = run_main(script, *args)
+    assert finished.code == 0 and re.search(r" [1-9]\d* of", finished.out), finished
+    (run_dir,) = Path("runs").glob("*/*/*/seed1")
+    assert_same_run(run_dir, Path("whole", *run_dir.parts[1:]), steps)
+    assert_refused(run_main(script, *args, "--gamma", 0.5), "gamma was 0.9", "and is 0.5")
+
+
+def test_a_bfloat16_run_resumes_bit_for_bit_and_keeps_its_precision(run_main, trained):
     args = [*small(400), "--precision", "bfloat16"]
     assert run_main(SCRIPT, *args, "--runs-dir", "whole").code == 0
     assert run_main(SCRIPT, *small(250), "--precision", "bfloat16").code == 0
     assert_refused(run_main(SCRIPT, *small(400)), "precision was bfloat16 and is float32")
     assert run_main(SCRIPT, *args).code == 0
     assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 400)
-    assert run_main(SCRIPT, *small(400), "--runs-dir", "float32").code == 0
-    weights = torch.load(RUN_DIR / "step_400.pt", weights_only=True)
-    others = torch.load(Path("float32", *RUN_DIR.parts[1:], "step_400.pt"), weights_only=True)
-    assert not torch.equal(weights["actor.output.weight"], others["actor.output.weight"])
+    folders = RUN_DIR, trained / "400" / RUN_DIR
+    ours, float32 = (torch.load(d / "step_400.pt", weights_only=True) for d in folders)
+    assert not torch.equal(ours["actor.output.weight"], float32["actor.output.weight"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_and_ctrl_c_end_it_at_once_and_silently(tmp_path, number):
+def test_a_second_process_is_refused_and_signals_end_the_first_silently(run_main, tmp_path, number):
     process = start(SCRIPT, *small(100_000), cwd=tmp_path)
     process.stdout.readline()
+    assert_refused(run_main(SCRIPT, *small(100_000)), "another process is training in runs/")
+    assert process.poll() is None
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == -number and "Traceback" not in err
-
-
-def test_the_same_command_twice_gives_the_same_run_and_other_seeds_do_not(run_main):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        finished = run_main(SCRIPT, *small(400), "--seed", seed, "--runs-dir", name)
-        assert finished.code == 0, finished.err
-    a, b, c = (next(Path(name).rglob("eval.csv")).parent for name in "abc")
-    assert_same_run(a, b, 400)
-    assert (a / "eval.csv").read_text() != (c / "eval.csv").read_text()
 
 
 def test_run_directory_holds_what_the_readme_says(run_main):
@@ -102,7 +129,7 @@ def test_run_directory_holds_what_the_readme_says(run_main):
     expected = ".lock checkpoint.pt checkpoint.prev.pt config.json eval.csv summary.json"
     assert names == {*expected.split(), *(f"step_{n}.pt" for n in (0, 200, 400, 450))}
     config = json.loads((RUN_DIR / "config.json").read_text())
-    assert config["args"]["critic_lr"] == 5e-5 and config["args"]["device"] in ("cpu", "cuda")
+    assert config["args"]["critic_lr"] == 3e-4
     assert config["versions"]["torch"] == torch.__version__ and config["threads"] == 1
     header, *rows = (RUN_DIR / "eval.csv").read_text().splitlines()
     assert header == "global_step,episode,return,length"
@@ -123,9 +150,7 @@ def test_run_directory_holds_what_the_readme_says(run_main):
     assert state.keys() == parts | {"args", "step", "env_steps", "eval_csv", "rng"}
 
 
-def test_a_complete_run_is_left_alone_and_a_larger_total_extends_it(run_main):
-    assert run_main(SCRIPT, *small(650), "--runs-dir", "whole").code == 0
-    assert run_main(SCRIPT, *small(400)).code == 0
+def test_a_complete_run_is_left_alone_and_a_larger_total_extends_it(run_main, trained, run_of_400):
     before = files(RUN_DIR)
     # With arguments that cannot change the result, too
     for args in (small(400), [*small(400, checkpoint_every=77), "--save-every", 200]):
@@ -133,96 +158,66 @@ def test_a_complete_run_is_left_alone_and_a_larger_total_extends_it(run_main):
         assert finished.code == 0 and "complete" in finished.out
         assert files(RUN_DIR) == before
     assert run_main(SCRIPT, *small(650)).code == 0
-    assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 650)
+    assert_same_run(RUN_DIR, trained / "650" / RUN_DIR, 650)
     before = files(RUN_DIR)
     assert_refused(run_main(SCRIPT, *small(400)), "has already reached global_step 650")
     assert files(RUN_DIR) == before
 
 
-def test_other_arguments_are_refused_with_the_fields_that_differ(run_main):
-    assert run_main(SCRIPT, *small(200)).code == 0
+def test_other_arguments_are_refused_with_the_fields_that_differ(run_main, run_of_400):
     before = files(RUN_DIR)
-    finished = run_main(SCRIPT, *small(300), "--gamma", 0.9, "--actor-lr", 1e-3)
+    finished = run_main(SCRIPT, *small(650), "--gamma", 0.9, "--actor-lr", 1e-3)
     assert_refused(finished, "gamma was 0.99 and is 0.9", "actor_lr was", "--exp-name")
     assert "critic" not in finished.err
     assert files(RUN_DIR) == before
 
 
-def test_a_second_process_is_refused(tmp_path, run_main):
-    process = start(SCRIPT, *small(100_000), cwd=tmp_path)
-    process.stdout.readline()
-    try:
-        assert_refused(run_main(SCRIPT, *small(100_000)), "another process is training in runs/")
-        assert process.poll() is None
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.mark.parametrize("how", ["truncated", "garbage", "empty", "one flipped bit"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_main, how):
-    assert run_main(SCRIPT, *small(650), "--runs-dir", "whole").code == 0
-    assert run_main(SCRIPT, *small(400)).code == 0
+@pytest.mark.parametrize("how", ["truncated", "empty", "one flipped bit"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_main, trained, run_of_400, how):
     damage(RUN_DIR / "checkpoint.pt", how)
     finished = run_main(SCRIPT, *small(650))
     assert finished.code == 0 and "checkpoint.pt is damaged" in finished.err
-    assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 650)
+    assert_same_run(RUN_DIR, trained / "650" / RUN_DIR, 650)
 
 
-def test_two_damaged_checkpoints_are_refused_and_nothing_is_changed(run_main):
-    assert run_main(SCRIPT, *small(400)).code == 0
-    (RUN_DIR / "summary.json").unlink()
-    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
-        damage(RUN_DIR / name, "truncated")
+@pytest.mark.parametrize("lost", ["summary.json and damaged checkpoints", "checkpoints"])
+def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, run_of_400, lost):
+    for file in RUN_DIR.glob("checkpoint*.pt"):
+        file.unlink() if lost == "checkpoints" else damage(file, "truncated")
+    if lost != "checkpoints":
+        (RUN_DIR / "summary.json").unlink()
     before = files(RUN_DIR)
-    assert_refused(run_main(SCRIPT, *small(400)), "no intact checkpoint in", "remove the directory")
+    finished = run_main(SCRIPT, *small(400), "--gamma", 0.9)
+    assert_refused(finished, "no intact checkpoint in", "remove the directory")
     assert files(RUN_DIR) == before
-
-
-def test_a_run_that_lost_its_checkpoints_is_not_overwritten(run_main):
-    assert run_main(SCRIPT, *small(400)).code == 0
-    for file in RUN_DIR.glob("checkpoint*"):
-        file.unlink()
-    before = files(RUN_DIR)
-    assert_refused(run_main(SCRIPT, *small(400), "--gamma", 0.9), "no intact checkpoint in")
-    assert files(RUN_DIR) == before
-
-
-def test_eval_csv_is_cut_back_to_the_checkpoint(run_main):
-    assert run_main(SCRIPT, *small(400)).code == 0
-    with open(RUN_DIR / "eval.csv", "a") as stream:
-        stream.write("99999,0,1,1\n")
-    assert run_main(SCRIPT, *small(500)).code == 0
-    assert "99999" not in (RUN_DIR / "eval.csv").read_text()
 
 
 @pytest.mark.parametrize(
-    "args, words",
+    "name, args, words",
     [
-        (["--critic", "sa_hyper"], ["--critic", "'sa_hyper'", "sa-hyper", "resnet35"]),
-        (["--bach-size", "3"], ["--bach-size", "--batch-size"]),
-        (["--batch-size", "many"], ["--batch-size", "many"]),
-        (["--batch-size", "0"], ["--batch-size 0: must be at least 1"]),
-        (["--seed", "-1"], ["--seed -1: must be at least 0"]),
-        (["--actor-lr", "nan"], ["--actor-lr nan"]),
-        (["--actor-lr", "inf"], ["--actor-lr inf"]),
-        (["--gamma", "1.5"], ["--gamma 1.5: must be at most 1"]),
-        (["--primary-widths"], ["--primary-widths needs at least one number"]),
-        (["--primary-widths", "8", "0"], ["--primary-widths 0: must be at least 1"]),
-        (["--learning-starts", "1000000"], ["--learning-starts must be below --total-timesteps"]),
-        (["--env-kwargs", "no_value"], ["--env-kwargs"]),
-        (["--runs-dir", "/dev/null/runs"], ["--runs-dir /dev/null/runs: cannot write"]),
-        (["--device", "no_such_device"], ["--device no_such_device"]),
+        ("td3", "--critic sa_hyper", ["--critic", "'sa_hyper'", "sa-hyper", "resnet35"]),
+        ("td3", "--bach-size 3", ["--bach-size", "--batch-size"]),
+        ("td3", "--batch-size 0", ["--batch-size 0: must be at least 1"]),
+        ("td3", "--seed -1", ["--seed -1: must be at least 0"]),
+        ("td3", "--actor-lr nan", ["--actor-lr nan"]),
+        ("td3", "--gamma 1.5", ["--gamma 1.5: must be at most 1"]),
+        ("td3", "--primary-widths 8 0", ["--primary-widths 0: must be at least 1"]),
+        ("td3", "--learning-starts 1000000", ["must be below --total-timesteps"]),
+        ("td3", "--runs-dir /dev/null/runs", ["--runs-dir /dev/null/runs: cannot write"]),
+        ("td3", "--device no_such_device", ["--device no_such_device"]),
+        ("sac", "--alpha -1", ["--alpha -1.0: must be at least 0"]),
+        ("maml", "--env-id Hopper-v4", ["--env-id", "Hopper-v4", *FAMILIES]),
+        ("maml", "--num-adapt-steps -1", ["--num-adapt-steps -1: must be at least 0"]),
+        ("maml", "--meta-batch-size 101", ["must not be above --num-train-goals"]),
+        ("maml", "--max-kl 0", ["--max-kl must be above 0"]),
+        ("pearl", "--num-prior-steps 0", ["--num-prior-steps 0: must be at least 1"]),
+        ("pearl", "--num-posterior-steps -1", ["--num-posterior-steps -1: must be at least 0"]),
     ],
 )
-def test_bad_use_says_what_is_wrong_and_leaves_nothing_behind(run_main, tmp_path, args, words):
-    assert_refused(run_main(SCRIPT, *args), *words)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_a_missing_cuda_device_is_said(run_main, tmp_path):
-    assert_refused(run_main(SCRIPT, "--device", "cuda"), "--device cuda")
+def test_bad_use_says_what_is_wrong_and_leaves_nothing_behind(
+    run_main, tmp_path, name, args, words
+):
+    assert_refused(run_main(ROOT / f"{name}_hyper.py", *args.split()), *words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,32 +232,28 @@ def test_a_non_finite_reward_or_observation_stops_the_run(run_main, tmp_path, qu
 
 
 def test_a_non_finite_loss_stops_the_run(run_main):
-    args = small(400) + ["--critic-lr", 1e18]
-    assert_refused(run_main(SCRIPT, *args), "critic_loss is not finite at global_step 101", code=1)
+    finished = run_main(SCRIPT, *small(400), "--critic-lr", 1e18)
+    assert_refused(finished, "critic_loss is not finite at global_step 101", code=1)
     state = torch.load(RUN_DIR / "checkpoint.pt", weights_only=True)
     assert all(p.isfinite().all() for p in state["agent"].values())
     assert not (RUN_DIR / "summary.json").exists()
 
 
-def test_a_full_disk_while_writing_a_checkpoint(tmp_path):
+def test_a_full_disk_while_writing_a_checkpoint(run_main, run_of_400):
     """A limit on the size of a file stands for the full disk: the write fails half way."""
-    assert start(SCRIPT, *small(400), cwd=tmp_path).wait() == 0
-    run_dir = tmp_path / RUN_DIR
-    checkpoint = (run_dir / "checkpoint.pt").read_bytes()
+    checkpoint = (RUN_DIR / "checkpoint.pt").read_bytes()
     limit = len(checkpoint) // 2
 
     def limit_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    process = start(SCRIPT, *small(650), cwd=tmp_path, preexec_fn=limit_files)
+    process = start(SCRIPT, *small(650), preexec_fn=limit_files)
     _, err = process.communicate()
     assert process.returncode == 1 and "Traceback" not in err
     assert "error: cannot write" in err and "checkpoint" in err and "File too large" in err
-    assert (run_dir / "checkpoint.pt").read_bytes() == checkpoint
-    assert not list(run_dir.glob("*.tmp"))
-    process = start(SCRIPT, *small(650), cwd=tmp_path)  # disk space is back
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    assert (RUN_DIR / "checkpoint.pt").read_bytes() == checkpoint
+    assert not list(RUN_DIR.glob("*.tmp"))
+    assert run_main(SCRIPT, *small(650)).code == 0  # disk space is back
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -272,34 +263,16 @@ def test_a_full_disk_under_tensorboard_ends_the_run_and_is_said(run_main, monkey
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
     finished = run_main(SCRIPT, *small(400))
-    assert finished.code == 1 and "error: the disk is full: [Errno 28]" in finished.err
+    assert finished.code == 1 and "error: [Errno 28] No space left on device" in finished.err
     assert not (RUN_DIR / "summary.json").exists()
 
 
-def test_help_tells_of_every_option_what_it_does_its_default_and_its_source(run_main):
-    finished = run_main(SCRIPT, "--help")
-    assert finished.code == 0
-    introduction, options = finished.out.replace("│", " ").split(" options ", 1)
-    assert "python td3_hyper.py --env-id Hopper-v4 --critic sa-hyper" in introduction
-    options = [" ".join(option.split()) for option in re.split(r"\n +--(?=[a-z])", options)[1:]]
-    names = [option.split()[0].replace("-", "_") for option in options]
-    assert names == list(vars(td3_hyper.Args()))
-    for option in options:
-        assert "(default: " in option and len(option) > 50
-    for option in options[: names.index("env_id")]:  # those of the method
-        assert "(released" in option or "(paper" in option or "(measured" in option, option
-
-
-def test_track_says_how_to_install_wandb_where_it_is_missing(run_main, monkeypatch):
-    import importlib.util
-
+def test_track_needs_wandb_and_a_resumed_process_continues_its_run(run_main, monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
-    missing = lambda name, *a: None if name == "wandb" else find_spec(name, *a)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", missing)
-    assert_refused(run_main(SCRIPT, "--track"), "pip install wandb")
-
-
-def test_track_starts_a_run_that_a_resumed_process_continues(run_main, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        without = lambda name, *a: None if name == "wandb" else find_spec(name, *a)  # noqa: E731
+        patch.setattr(importlib.util, "find_spec", without)
+        assert_refused(run_main(SCRIPT, "--track"), "pip install wandb")
     module = tmp_path / "modules" / "wandb.py"
     module.parent.mkdir()
     module.write_text(
@@ -308,26 +281,9 @@ def test_track_starts_a_run_that_a_resumed_process_continues(run_main, monkeypat
         "    open('wandb.jsonl', 'a').write(json.dumps(options, default=str) + '\\n')\n"
     )
     monkeypatch.syspath_prepend(module.parent)
-    assert run_main(SCRIPT, *small(200), "--track").code == 0
-    assert run_main(SCRIPT, *small(400), "--track").code == 0
+    for steps in (120, 140):
+        assert run_main(SCRIPT, *small(steps), "--track").code == 0
     first, second = map(json.loads, Path("wandb.jsonl").read_text().splitlines())
-    assert first["id"] == second["id"] == "td3_hyper-InvertedPendulum-v4-sa-hyper-seed1"
+    assert first["id"] == second["id"] == "td3_hyper-InvertedPendulum-v4-mlp-small-seed1"
     assert second["resume"] == "allow" and second["sync_tensorboard"] is True
-    assert first["config"]["critic"] == "sa-hyper"
-
-
-@pytest.mark.parametrize("spin_count, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_idle_threads_leave_the_cores_to_others_unless_told_otherwise(spin_count, expected):
-    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | spin_count
-    command = [sys.executable, "-c", "import os, td3_hyper; print(os.environ['GOMP_SPINCOUNT'])"]
-    out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert out.stdout.strip() == expected, out.stderr
-
-
-def test_the_line_of_an_evaluation_is_seen_at_once(tmp_path):
-    """Where output is a pipe, nobody waits for a buffer to fill."""
-    process = start(SCRIPT, *SMALL, "--total-timesteps", 10**8, cwd=tmp_path)
-    lines = [process.stdout.readline() for _ in range(3)]
-    process.kill()
-    process.communicate()
-    assert "global_step 0 of 100000000" in lines[0] and "global_step 200: return" in lines[2]
+    assert first["config"]["critic"] == "mlp-small"

@@ -1,26 +1,23 @@
 """maml_hyper.py from the command line. What all scripts share is tested in test_run.py."""
 
 import csv
+import itertools
 import json
 import re
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_equal, assert_refused, assert_same_run, files, scalars, start
+from conftest import MAML, ROOT, assert_equal, assert_refused, scalars
 
 from meta_envs import FAMILIES
 
 SCRIPT = ROOT / "maml_hyper.py"
-SMALL = ["--primary-widths", 4, 8, "--dynamic-width", 8, "--horizon", 8, "--episodes-per-goal", 2]
-SMALL += ["--num-train-goals", 4, "--meta-batch-size", 3, "--num-test-goals", 2]
-SMALL += ["--eval-episodes", 2, "--checkpoint-every", 1]
 RUN_DIR = Path("runs/maml_hyper/HalfCheetahFwdBack-v0/hyper/seed1")
 
 
 def small(num_iterations: int) -> list:
-    return [*SMALL, "--num-iterations", num_iterations]
+    return [*MAML, "--num-iterations", num_iterations]
 
 
 def read_rows(run_dir: Path = RUN_DIR) -> list[dict]:
@@ -28,20 +25,19 @@ def read_rows(run_dir: Path = RUN_DIR) -> list[dict]:
         return list(csv.DictReader(stream))
 
 
-@pytest.mark.parametrize("model", ["vanilla", "context", "hyper"])
-@pytest.mark.parametrize("env_id", FAMILIES)
-def test_every_model_trains_on_every_family(run_main, env_id, model):
+PAIRS = [*zip(FAMILIES, 2 * ["vanilla", "context", "hyper"])]
+
+
+@pytest.mark.parametrize("env_id, model", PAIRS)
+def test_it_trains_on_every_family(run_main, env_id, model):
     finished = run_main(SCRIPT, *small(1), "--env-id", env_id, "--model", model)
     assert finished.code == 0, finished.err
     rows = read_rows(Path("runs/maml_hyper", env_id, model, "seed1"))
-    assert {row["iteration"] for row in rows} == {"0", "1"}
-    assert {(row["split"], row["phase"]) for row in rows} == {
-        (split, phase) for split in ("train", "test") for phase in ("pre", "post")
-    }
+    found = {(row["iteration"], row["split"], row["phase"]) for row in rows}
+    assert found == {*itertools.product("01", ("train", "test"), ("pre", "post"))}
 
 
-@pytest.mark.parametrize("num_adapt_steps", [0, 3])
-@pytest.mark.parametrize("order", [[], ["--first-order"]])
+@pytest.mark.parametrize("num_adapt_steps, order", [(0, []), (3, ["--first-order"])])
 def test_any_number_of_inner_steps(run_main, num_adapt_steps, order):
     args = [*small(2), *order, "--num-adapt-steps", num_adapt_steps, "--save-every", 1]
     finished = run_main(SCRIPT, *args, "--inner-lr", 0.01)
@@ -56,20 +52,18 @@ def test_any_number_of_inner_steps(run_main, num_adapt_steps, order):
 
 
 def test_run_directory_holds_what_the_readme_says(run_main):
-    """Among it the evaluation of the last iteration, 3, although it is every second one's turn."""
     finished = run_main(SCRIPT, *small(3), "--eval-every", 2, "--save-every", 2)
     assert finished.code == 0, finished.err
     steps = {f"step_{i}.pt" for i in (0, 2, 3)}
     assert {file.name for file in RUN_DIR.glob("step_*.pt")} == steps
-    config = json.loads((RUN_DIR / "config.json").read_text())
-    assert config["args"]["inner_lr"] == 5e-5 and config["args"]["hyper_init"] == "released"
     rows = read_rows()
     assert list(rows[0]) == ["iteration", "env_steps", "split", "goal", "phase", "return"]
+    # The last iteration is evaluated although it is every second one's turn
     assert [row["iteration"] for row in rows] == ["0"] * 10 + ["2"] * 10 + ["3"] * 10
     assert {row["goal"] for row in rows if row["split"] == "test"} == {"-1.0", "1.0"}
     assert rows[-1]["env_steps"] == str(3 * 2 * 3 * 2 * 8)
-    summary = json.loads((RUN_DIR / "summary.json").read_text())
     last = [float(r["return"]) for r in rows[-10:] if (r["split"], r["phase"]) == ("test", "post")]
+    summary = json.loads((RUN_DIR / "summary.json").read_text())
     assert summary["test_post_return"] == pytest.approx(sum(last) / 2) and summary["iteration"] == 3
     values = scalars(RUN_DIR)
     evaluations = {f"eval/{s}_{p}_return" for s in ("train", "test") for p in ("pre", "post")}
@@ -77,63 +71,7 @@ def test_run_directory_holds_what_the_readme_says(run_main):
     losses = {f"losses/{name}" for name in ("gradient_norm", "surrogate", "kl", "step_size")}
     assert values.keys() == evaluations | charts | losses
     assert [step for step, _ in values["eval/test_post_return"]] == [0, 2, 3]
-    assert values["eval/test_post_return"][-1][1] == pytest.approx(
-        summary["test_post_return"], rel=1e-6
-    )
     assert all(0 <= kl <= 0.01 for _, kl in values["losses/kl"])
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_run_killed_twice_ends_like_one_never_killed(run_main, tmp_path, precision):
-    args = [*small(8), "--precision", precision, "--inner-lr", 0.01]
-    assert run_main(SCRIPT, *args, "--runs-dir", "whole").code == 0
-    process = start(SCRIPT, *args, cwd=tmp_path)
-    while not process.stdout.readline().startswith("iteration 3: "):
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    killer = ROOT / "tests" / "kill_in_checkpoint.py"  # before a checkpoint has its name
-    process = start(killer, "3", SCRIPT, *args, cwd=tmp_path)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (RUN_DIR / "summary.json").exists()
-    finished = run_main(SCRIPT, *args)
-    assert finished.code == 0 and re.search("iteration [3-7] of 8", finished.out), finished
-    whole = Path("whole", *RUN_DIR.parts[1:])
-    assert_same_run(RUN_DIR, whole, 8)
-    expected = scalars(whole)
-    for name, values in scalars(RUN_DIR).items():
-        steps = [step for step, _ in values]
-        assert steps == sorted(set(steps)) == [step for step, _ in expected[name]], name
-        assert values == expected[name] or name == "charts/SPS"
-
-
-# Other values than in `SMALL` of all arguments that are meant to change the numbers
-CHANGES = """model context, primary-widths 5, dynamic-width 9, hyper-init bias, num-train-goals 5,
-num-test-goals 3, meta-batch-size 2, episodes-per-goal 3, horizon 9, gamma 0.5, gae-lambda 0.5,
-num-adapt-steps 2, inner-lr 0.1, first-order, max-kl 0.005, cg-iterations 2, cg-damping 1,
-line-search-steps 1, env-id HalfCheetahVel-v0, seed 2, eval-episodes 3, precision bfloat16"""
-
-
-def test_every_argument_has_an_effect_on_the_run(run_main):
-    """On eval.csv; the learning rate is such that the line search needs several trials."""
-    common = [*small(1), "--inner-lr", 0.02]
-    assert run_main(SCRIPT, *common).code == 0
-    for change in CHANGES.split(","):
-        name, *value = change.split()
-        finished = run_main(SCRIPT, *common, f"--{name}", *value, "--runs-dir", name)
-        assert finished.code == 0, finished.err
-        (eval_csv,) = Path(name).rglob("eval.csv")
-        assert eval_csv.read_bytes() != (RUN_DIR / "eval.csv").read_bytes(), name
-
-
-def test_other_arguments_are_refused_and_more_iterations_extend_a_run(run_main):
-    assert run_main(SCRIPT, *small(4), "--runs-dir", "whole").code == 0
-    assert run_main(SCRIPT, *small(2)).code == 0
-    before = files(RUN_DIR)
-    assert_refused(run_main(SCRIPT, *small(4), "--gamma", 0.5), "gamma was 0.95 and is 0.5")
-    assert files(RUN_DIR) == before
-    assert run_main(SCRIPT, *small(4)).code == 0
-    assert_same_run(RUN_DIR, Path("whole", *RUN_DIR.parts[1:]), 4)
 
 
 def test_how_often_it_evaluates_does_not_change_the_training(run_main):
@@ -143,28 +81,8 @@ def test_how_often_it_evaluates_does_not_change_the_training(run_main):
     assert_equal(*(torch.load(d / "step_3.pt", weights_only=True) for d in (RUN_DIR, often)))
 
 
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        (["--env-id", "Hopper-v4"], ["--env-id", "Hopper-v4", *FAMILIES]),
-        (["--model", "mlp"], ["--model", "vanilla", "context", "hyper"]),
-        (["--hyper-init", "small"], ["--hyper-init", "released", "paper", "bias"]),
-        (["--num-train-goals", 0], ["--num-train-goals 0: must be at least 1"]),
-        (["--num-adapt-steps", -1], ["--num-adapt-steps -1: must be at least 0"]),
-        (["--inner-lr", "nan"], ["--inner-lr nan"]),
-        (["--gae-lambda", 1.1], ["--gae-lambda 1.1: must be at most 1"]),
-        (["--meta-batch-size", 101], ["--meta-batch-size must not be above --num-train-goals"]),
-        (["--max-kl", 0], ["--max-kl must be above 0"]),
-    ],
-)
-def test_bad_use_says_what_is_wrong_and_leaves_nothing_behind(run_main, tmp_path, args, words):
-    assert_refused(run_main(SCRIPT, *args), *words)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("inner_lr", [1e10, 1e18])
-def test_an_inner_step_that_explodes_names_the_goal(run_main, inner_lr):
-    finished = run_main(SCRIPT, *small(2), "--inner-lr", inner_lr)
-    assert_refused(finished, "is not finite after 1 inner steps: lower --inner-lr 1e+", code=1)
+def test_an_inner_step_that_explodes_names_the_goal(run_main):
+    finished = run_main(SCRIPT, *small(2), "--inner-lr", 1e18)
+    assert_refused(finished, "is not finite after 1 inner steps: lower --inner-lr 1e+18", code=1)
     assert re.search(r"the policy of goal -?1 is", finished.err)
     assert not (RUN_DIR / "summary.json").exists() and not (RUN_DIR / "step_0.pt").exists()

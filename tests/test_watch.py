@@ -67,7 +67,7 @@ def test_td3_and_sac_play_the_episodes_of_their_evaluation(run_main, script):
     assert "step_40.pt" in finished.out and returns(finished)[:2] == by_step["40"]
 
 
-@pytest.mark.parametrize("model", ["vanilla", "context", "hyper"])
+@pytest.mark.parametrize("model", ["vanilla", "hyper"])
 def test_maml_plays_without_adaptation_or_after_it(run_main, model):
     run_dir = train(run_main, "maml_hyper", "--model", model)
     finished = run_main(SCRIPT, run_dir)
@@ -119,26 +119,10 @@ def test_videos_and_animations(run_main):
     # Hopper makes 125 steps a second, the film shows every fifth
     assert len(frames) == sum(-(-length // 5) for length in lengths)
     assert frames[0].shape == (480, 480, 3) and frames[0].std() > 10
-    options = ["--video", "film.gif", "--width", 101, "--episodes", 1]
-    assert returns(run_main(SCRIPT, run_dir, *options)) == expected[:1]
-    frames = imageio.mimread("film.gif")
-    assert len(frames) == -(-lengths[0] // 5) and frames[0].shape[:2] == (101, 101)
     maml = train(run_main, "maml_hyper")
-    assert run_main(SCRIPT, maml, "--video", "maml.gif").code == 0
-    assert len(imageio.mimread("maml.gif")) == 3 * 7
-    missing = "missing/film.mp4"
-    assert_refused(run_main(SCRIPT, run_dir, "--video", missing), "--video missing/film.mp4")
-
-
-def test_without_opengl_one_line_says_what_to_install(run_main, tmp_path):
-    run_dir = train(run_main, "td3_hyper")
-    command = [sys.executable, SCRIPT, run_dir, "--video", "film.mp4"]
-    environment = os.environ | {"__EGL_VENDOR_LIBRARY_DIRS": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment.pop("MUJOCO_GL", None)
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 2 and finished.stdout == ""
-    (line,) = finished.stderr.splitlines()
-    assert line.startswith("error: Hopper-v4 cannot be drawn") and "libegl1" in line
+    assert run_main(SCRIPT, maml, "--video", "maml.gif", "--width", 101).code == 0
+    frames = imageio.mimread("maml.gif")
+    assert len(frames) == 3 * 7 and frames[0].shape[:2] == (101, 101)
 
 
 def test_bad_use(run_main, monkeypatch):
@@ -149,20 +133,12 @@ def test_bad_use(run_main, monkeypatch):
         (["nowhere"], "nowhere is not the directory of a run"),
         ([run_dir, "--step", 7], "no step_7.pt, only those of 0, 20, 40"),
         ([run_dir, "--goal", 1.0], "--goal is for runs of MAML and PEARL", "sac_hyper.py"),
-        ([run_dir, "--adapt"], "--adapt is for runs of MAML", "sac_hyper.py"),
         ([run_dir, "--human"], "--human needs a display"),
-        ([run_dir, "--human", "--video", "film.mp4"], "exclude each other"),
         ([run_dir, "--video", "film.avi"], "film.avi: must end with .mp4 or .gif"),
-        ([run_dir, "--episodes", 0], "at least 1"),
+        ([run_dir, "--video", "missing/film.mp4"], "--video missing/film.mp4"),
     ):
         assert_refused(run_main(SCRIPT, *arguments), *words)
     (run_dir / "step_40.pt").write_bytes(b"damaged")
     assert_refused(run_main(SCRIPT, run_dir), "step_40.pt cannot be loaded")
-    for step in (0, 20, 40):
-        (run_dir / f"step_{step}.pt").unlink()
-    assert_refused(run_main(SCRIPT, run_dir), "no step_N.pt yet")
-    (run_dir / "config.json").write_text('{"args": {"colour": "red"}}')
-    assert_refused(run_main(SCRIPT, run_dir), "does not hold the arguments of a run")
     maml = train(run_main, "maml_hyper", "--num-adapt-steps", 0)
-    assert_refused(run_main(SCRIPT, maml, "--goal", "nan"), "--goal nan", "finite")
     assert_refused(run_main(SCRIPT, maml, "--adapt"), "was trained with --num-adapt-steps 0")

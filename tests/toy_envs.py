@@ -105,7 +105,7 @@ class Spaces(Clock):
         self.action_space = action_space or box
 
 
-BOX, IMAGE = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+IMAGE = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 gym.register("Truncating-v0", Clock, max_episode_steps=5)
 gym.register("Terminating-v0", Clock, kwargs={"terminate_after": 5}, max_episode_steps=50)
 gym.register("group/SameArray-v0", SameArray, max_episode_steps=5)
@@ -113,7 +113,6 @@ gym.register("Typed-v0", Typed, max_episode_steps=50)
 gym.register("Bounds-v0", Bounds, max_episode_steps=5)
 gym.register("Endless-v0", Clock)
 gym.register("Cart-v0", Cart, max_episode_steps=20)
-gym.register("Dict-v0", Spaces, kwargs={"observation_space": gym.spaces.Dict({"a": BOX})})
 gym.register("Image-v0", Spaces, kwargs={"observation_space": IMAGE})
 unbounded = gym.spaces.Box(-np.inf, np.inf, (2,))
 gym.register("Unbounded-v0", Spaces, kwargs={"action_space": unbounded})
