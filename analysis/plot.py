@@ -279,7 +279,7 @@ def draw(curves: pd.DataFrame, by: list[str], file: Path) -> None:
         axis.remove()
     figure.suptitle(f"Mean over seeds, {'band from seed to seed' if few.all() else '95% interval'}")
     lines = [plt.Line2D([], [], **style) for style in styles.values()]
-    ncols = 4 if max(map(len, styles)) < 16 else columns
+    ncols = 2 * columns if max(map(len, styles)) < 16 else columns
     figure.legend(lines, styles, loc="outside lower center", ncols=ncols, frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -5,20 +5,18 @@
     python analysis/watch.py RUN_DIR --goal 1.5 --human     # a window; meta-RL: another task
 
 Actions are deterministic. TD3 and SAC start as in their evaluation, so that the returns are those
-of eval.csv. MAML's policy plays without adaptation, or with --adapt after the run's inner steps,
-each on the run's number of episodes. PEARL plays as in its evaluation: before each episode, two
-trajectories with z from the prior gather the context of the z that is watched; the oracle's z is
-the goal.
+of eval.csv. MAML's policy plays without adaptation, or with --adapt after the run's inner steps.
+PEARL plays as in its evaluation: before each episode, two trajectories with z from the prior gather
+the context of the z that is watched; the oracle's z is the goal.
 """
 
-import json
 import math
 import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import glfw
@@ -27,6 +25,7 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
+from gradient_accuracy import load, read_config, saved_steps
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -58,41 +57,18 @@ class Args:
     """MAML: adapt the policy to the goal first"""
     video: Path | None = None
     """film the episodes, FILE.mp4 or FILE.gif, at most 30 frames a second"""
-    width: int | None = None
-    """MuJoCo: pixels of the video's width and height; None means 480"""
+    width: int = 480
+    """MuJoCo: pixels of the video's width and height"""
     human: bool = False
     """show the episodes in a window"""
 
     def __post_init__(self):
-        if self.episodes < 1 or (self.width is not None and self.width < 16):
+        if self.episodes < 1 or self.width < 16:
             raise ValueError("--episodes must be at least 1 and --width at least 16")
         if self.video and self.video.suffix not in (".mp4", ".gif"):
             raise ValueError(f"--video {self.video}: must end with .mp4 or .gif")
         if self.video and self.human:
             raise ValueError("--video and --human exclude each other")
-
-
-def find_run(args: Args):
-    """The script of the run, its arguments, and the file of the networks."""
-    config = args.run_dir / "config.json"
-    if not config.exists():
-        stop(f"{args.run_dir} is not the directory of a run: it has no config.json")
-    try:
-        saved = json.loads(config.read_text())["args"]
-        scripts = (td3_hyper, sac_hyper, *META)
-        (script,) = (s for s in scripts if {f.name for f in fields(s.Args)} == set(saved))
-        run_args = script.Args(**saved | {"device": "cpu", "track": False})
-    except (ValueError, KeyError, TypeError):
-        stop(f"{config} does not hold the arguments of a run of this version's four scripts")
-    steps = sorted(int(file.stem.removeprefix("step_")) for file in args.run_dir.glob("step_*.pt"))
-    if not steps:
-        stop(f"{args.run_dir} has no step_N.pt yet: wait for its end or train with --save-every")
-    if args.step not in (None, *steps):
-        stop(
-            f"{args.run_dir} has no step_{args.step}.pt, only those of {', '.join(map(str, steps))}"
-        )
-    step = steps[-1] if args.step is None else args.step
-    return script, run_args, args.run_dir / f"step_{step}.pt"
 
 
 def first_test_goal(run_args) -> float:
@@ -135,14 +111,16 @@ def pearl_policy(agent: nn.Module, goal: float, rng: np.random.Generator, run_ar
 
 
 def main(args: Args) -> None:
-    script, run_args, file = find_run(args)
-    meta = script in META
+    run_dir = args.run_dir
+    script, run_args = read_config(run_dir / "config.json", td3_hyper, sac_hyper, *META)
+    meta, steps = script in META, saved_steps(run_dir)
+    if args.step not in (None, *steps):
+        stop(f"{run_dir} has no step_{args.step}.pt, only those of {', '.join(map(str, steps))}")
+    file = run_dir / f"step_{steps[-1] if args.step is None else args.step}.pt"
     if args.goal is not None and not meta:
-        stop(f"--goal is for runs of MAML and PEARL, {args.run_dir} is one of {script.__name__}.py")
-    if args.adapt and script is not maml_hyper:
-        stop(f"--adapt is for runs of MAML, {args.run_dir} is one of {script.__name__}.py")
-    if args.adapt and not run_args.num_adapt_steps:
-        stop(f"--adapt: {args.run_dir} was trained with --num-adapt-steps 0, it does not adapt")
+        stop(f"--goal is for runs of MAML and PEARL, {run_dir} is one of {script.__name__}.py")
+    if args.adapt and not getattr(run_args, "num_adapt_steps", 0):
+        stop(f"--adapt is for runs of MAML with inner steps, {run_dir} has none")
     glfw.ERROR_REPORTING = "ignore"
     if args.human and not (glfw.init() and glfw.create_window(1, 1, "", None, None)):
         stop("--human needs a display with OpenGL; --video FILE.mp4 does without")
@@ -150,7 +128,7 @@ def main(args: Args) -> None:
     if args.video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display
     options = {"render_mode": "human" if args.human else "rgb_array" if args.video else None}
-    if args.width:
+    if args.video and args.width != 480:
         options |= {"width": args.width, "height": args.width}
     if meta:
         goal = first_test_goal(run_args) if args.goal is None else args.goal
@@ -162,6 +140,8 @@ def main(args: Args) -> None:
     else:
         env = script.make_env(run_args, **options)
 
+    if getattr(env.unwrapped, "mujoco_renderer", None) and env.unwrapped.model.ncam:
+        env.unwrapped.mujoco_renderer.camera_id = 0  # follows the agent
     env.reset(seed=run_args.seed + 100)
     try:
         if args.video:
@@ -173,11 +153,7 @@ def main(args: Args) -> None:
 
     dims = env.observation_space.shape[0], env.action_space.shape[0]
     networks = (maml_hyper.Policy if script is maml_hyper else script.Agent)(*dims, run_args)
-    try:
-        networks.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # of many kinds, depending on the damage
-        stop(f"{file} cannot be loaded: {error}")
-
+    load(networks, file)
     rng = np.random.default_rng(run_args.seed + 100)
     if script is maml_hyper:
         policy = maml_policy(networks, goal, args.adapt, run_args)

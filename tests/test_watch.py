@@ -30,11 +30,13 @@ PEARL += ["--num-train-steps", 1, "--batch-size", 4, "--context-batch-size", 4]
 
 
 def train(run_main, script: str, *args) -> Path:
-    """The directory of a small run."""
+    """The directory of a small run, changed into one on a GPU."""
     small = {"maml_hyper": MAML, "pearl_hyper": PEARL}.get(script, PLAIN)
     finished = run_main(ROOT / f"{script}.py", *small, *args)
     assert finished.code == 0, finished.err
     (config,) = Path("runs", script).rglob("config.json")
+    text = config.read_text().replace('"device": "cpu"', '"device": "cuda"')
+    config.write_text(text.replace('"cuda_graph": false', '"cuda_graph": true'))
     return config.parent
 
 
@@ -130,15 +132,18 @@ def test_bad_use(run_main, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     for arguments, *words in (
-        (["nowhere"], "nowhere is not the directory of a run"),
+        (["nowhere"], "nowhere/config.json does not hold the arguments of a run"),
         ([run_dir, "--step", 7], "no step_7.pt, only those of 0, 20, 40"),
         ([run_dir, "--goal", 1.0], "--goal is for runs of MAML and PEARL", "sac_hyper.py"),
+        ([run_dir, "--adapt"], "--adapt is for runs of MAML with inner steps"),
         ([run_dir, "--human"], "--human needs a display"),
         ([run_dir, "--video", "film.avi"], "film.avi: must end with .mp4 or .gif"),
         ([run_dir, "--video", "missing/film.mp4"], "--video missing/film.mp4"),
     ):
         assert_refused(run_main(SCRIPT, *arguments), *words)
     (run_dir / "step_40.pt").write_bytes(b"damaged")
-    assert_refused(run_main(SCRIPT, run_dir), "step_40.pt cannot be loaded")
+    assert_refused(run_main(SCRIPT, run_dir), "step_40.pt does not hold the networks")
     maml = train(run_main, "maml_hyper", "--num-adapt-steps", 0)
-    assert_refused(run_main(SCRIPT, maml, "--adapt"), "was trained with --num-adapt-steps 0")
+    assert_refused(
+        run_main(SCRIPT, maml, "--adapt"), "--adapt is for runs of MAML with inner steps"
+    )
