@@ -141,7 +141,7 @@ def main(args: Args) -> None:
             if not todo:
                 continue
             task = task or Task(run_args)
-            weights = load(task.policy, run_dir, iteration)
+            weights = load(task.policy, run_dir / f"step_{iteration}.pt")
             for key in tqdm(todo, desc=" ".join(map(str, keys[0][:4])), disable=None):
                 new = task.measure(weights, iteration, update=key[-1])
                 rows.append(dict(zip(KEY, key)) | new | {"exp_name": exp_name})

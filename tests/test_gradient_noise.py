@@ -88,7 +88,7 @@ def test_bad_use_ends_with_a_message(run_main):
     args = dataclasses.asdict(td3_hyper.Args(device="cpu"))
     (make_run("hyper", exp_name="td3") / "config.json").write_text(json.dumps({"args": args}))
     for args, word in [
-        ("nowhere", "no run of maml_hyper.py"),
+        ("nowhere", "nowhere: no run in there"),
         ("runs/td3", "does not hold the arguments of a run of maml_hyper.py"),
         (f"{FAMILY}/context", "--save-every"),
     ]:
