@@ -222,16 +222,8 @@ def make_mlp(input_dim: int, *widths: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
 
-CRITICS = (
-    "mlp",
-    "mlp-small",
-    "mlp-large",
-    "resnet-features",
-    "resnet35",
-    "d2rl",
-    "as-hyper",
-    "sa-hyper",
-)
+CRITICS = ("mlp", "mlp-small", "mlp-large", "resnet-features", "resnet35", "d2rl")
+CRITICS += ("as-hyper", "sa-hyper")
 
 
 def make_critic(
@@ -289,8 +281,7 @@ def tune(device: str, precision: str) -> None:
     else:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bfloat16" and not native:
-        message = "warning: this processor has no bfloat16 arithmetic, float32 would be faster"
-        print(message, file=sys.stderr)
+        print("warning: no bfloat16 arithmetic here, float32 would be faster", file=sys.stderr)
 
 
 class CudaGraph:
