@@ -92,6 +92,7 @@ def test_a_run_killed_in_a_checkpoint_ends_like_one_never_killed(
     process = start(KILLER, 8, script, *args, cwd=tmp_path)
     _, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, err
+    time.sleep(1)  # TensorBoard tells files apart by the second in which they were begun
     finished = run_main(script, *args)
     assert finished.code == 0 and re.search(r" [1-9]\d* of", finished.out), finished
     (run_dir,) = Path("runs").glob("*/*/*/seed1")
