@@ -277,7 +277,7 @@ class Episodes(NamedTuple):
     post: Batch
 
 
-CHUNK = 20_000  # samples that go through a policy at once, which bounds the memory
+CHUNK = 80_000  # samples that go through a policy at once, which bounds the memory
 
 
 def split_tasks(episodes: Episodes) -> list[Episodes]:
@@ -334,14 +334,14 @@ def fisher_product(
     J is the Jacobian of the adapted policies' outputs, F the Fisher metric of a Gaussian, 1/σ² for
     its mean and 2 for its log_std: a forward-mode product, F, a reverse-mode product.
     """
-    with torch.no_grad(), fwAD.dual_level():
-        duals = adapted_outputs(policy, fwAD.make_dual(theta, vector), chunk, args)
-        d_mean, d_log_std = (fwAD.unpack_dual(dual).tangent for dual in duals)
     leaf = theta.detach().requires_grad_()
-    outputs = adapted_outputs(policy, leaf, chunk, args)
+    with fwAD.dual_level():
+        duals = adapted_outputs(policy, fwAD.make_dual(leaf, vector), chunk, args)
+        outputs, (d_mean, d_log_std) = zip(*map(fwAD.unpack_dual, duals))
+    outputs = Gaussian(*outputs)
     share, variance = 1 / args.meta_batch_size, (2 * outputs.log_std.detach()).exp()
     weight = share * chunk.post.weight.unsqueeze(-1)
-    F_J_v = (weight * d_mean / variance, 2 * share * d_log_std)
+    F_J_v = (weight * d_mean.detach() / variance, 2 * share * d_log_std.detach())
     return torch.autograd.grad(outputs, leaf, F_J_v)[0]
 
 
