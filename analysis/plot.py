@@ -6,7 +6,7 @@ Reads the eval.csv of the runs, in {exp_name}/{env_id}/{model}/seed{seed}/, and 
 - learning_curves.png, .csv: return over steps (Fig. 4), a panel for each environment, a line for
   each model, or for each experiment and model;
 - final_scores.csv: final score, gain and steps to the baseline's score in each environment;
-- summary.csv: normalised scores over the environments of an experiment (Fig. 6);
+- summary.csv: mean normalised scores over the environments of an experiment (Fig. 6);
 - train_test_{env_id}.png: meta-RL's training and test goals (Fig. 7).
 
 What the numbers are:
@@ -18,10 +18,8 @@ What the numbers are:
   evaluation and final score of the baseline, mlp (for MAML: vanilla after adaptation). Some returns
   are negative, so a plain ratio to the baseline would mean nothing;
 - gain: 100 (mean normalised final score - 1) percent;
-- reached at: the step where the mean curve (over environments: the mean normalised one) first
-  reaches the baseline's final score, in percent of the baseline's steps;
-- mean: over environments, of the mean over runs; IQM: mean of the middle half of all runs. Their
-  95% intervals are a bootstrap stratified by environment, as in rliable (Agarwal et al., 2021).
+- reached at: the step where the mean curve first reaches the baseline's final score, in percent of
+  the baseline's steps.
 
 Runs of an environment are compared on the evaluations that all of them have, so the shortest one
 sets the length; this is said on stderr, and so are unfinished runs.
@@ -31,7 +29,6 @@ import itertools
 import re
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -194,49 +191,12 @@ def final_scores(runs: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
     return table.assign(reached_at_percent=reached).reset_index()
 
 
-def mean(*environments: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean over environments of the mean over runs; an array of runs for each environment."""
-    return np.mean([scores.mean(axis) for scores in environments], axis=0)
-
-
-def iqm(*environments: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean of the middle half of all runs."""
-    return stats.trim_mean(np.concatenate(environments, axis), 0.25, axis)
-
-
-def interval(statistic: Callable, environments: list[np.ndarray]) -> tuple[float, float]:
-    """Stratified bootstrap, 95%: low and high; nan if some environment has a single run."""
-    if min(map(len, environments)) < 2:
-        return np.nan, np.nan
-    options = dict(axis=-1, n_resamples=5000, batch=100, method="percentile", rng=0)
-    return stats.bootstrap(environments, statistic, **options).confidence_interval
-
-
-def on_grid(runs: pd.DataFrame, grid: np.ndarray) -> np.ndarray:
-    """The scores of an environment's runs at shares of the steps: (grid, seeds)."""
-    share = runs.groupby("time").share.first()
-    lines = runs.pivot(index="time", columns="seed", values="score").T.values
-    return np.stack([np.interp(grid, share, line, np.nan, np.nan) for line in lines], axis=-1)
-
-
-def summarise(runs: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
-    """A row for each model, over the environments of an experiment."""
-    rows = []
-    for key, group in finals.dropna(subset="score").groupby(["exp_name", "model", "phase"]):
-        row = dict(zip(("exp_name", "model", "phase"), key))
-        experiment = runs[(runs.exp_name == row["exp_name"]) & runs.score.notna()]
-        grid = np.unique(experiment[experiment.model == experiment.baseline].share)
-        own = experiment[(experiment.model == row["model"]) & (experiment.phase == row["phase"])]
-        curve = mean(*(on_grid(table, grid) for _, table in own.groupby("env_id")))
-        scores = [table.score.to_numpy() for _, table in group.groupby("env_id")]
-        row |= dict(environments=len(scores), runs=len(group))
-        row |= dict(gain_percent=100 * (mean(*scores) - 1))
-        row |= dict(reached_at_percent=first_reached(grid, curve))
-        for statistic in (mean, iqm):
-            name, (low, high) = statistic.__name__, interval(statistic, scores)
-            row |= {name: statistic(*scores), f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
-    return pd.DataFrame(rows)
+def summarise(scores: pd.DataFrame) -> pd.DataFrame:
+    """A row for each model of an experiment: the mean over environments of its final scores."""
+    curves = scores.dropna(subset="normalised").groupby(["exp_name", "model", "phase"])
+    table = curves[["normalised", "gain_percent"]].mean()
+    table.insert(0, "environments", curves.size())
+    return table.reset_index()
 
 
 def styles_of(labels: list[str]) -> dict[str, dict]:
@@ -309,12 +269,13 @@ def main(args: Args) -> None:
     curves = curves.reset_index().drop(columns="time")
     args.out.mkdir(parents=True, exist_ok=True)
     save(curves, args.out / "learning_curves.csv")
-    save(final_scores(runs, finals), args.out / "final_scores.csv")
+    scores = final_scores(runs, finals)
+    save(scores, args.out / "final_scores.csv")
     draw(curves[curves.split != "train"], ["env_id", "phase"], args.out / "learning_curves.png")
     pairs = curves[(curves.split != "") & (curves.phase == "post")]
     for env_id, pair in pairs.groupby("env_id"):
         draw(pair, ["env_id", "split"], args.out / f"train_test_{env_id}.png")
-    summary = summarise(runs, finals)
+    summary = summarise(scores)
     if len(summary):
         save(summary, args.out / "summary.csv")
 
