@@ -152,7 +152,7 @@ def in_last_tenth(time, last):
 
 
 def normalise(runs: pd.DataFrame) -> pd.DataFrame:
-    """Adds baseline, score (the normalised return) and share (the step in % of the baseline's)."""
+    """Adds score (the normalised return) and share (the step in % of the baseline's)."""
     rows = []
     for (exp_name, env_id), group in runs.groupby(ENV):
         models = set(runs[runs.exp_name == exp_name].model)
@@ -164,8 +164,8 @@ def normalise(runs: pd.DataFrame) -> pd.DataFrame:
         if not final > first:
             note(f"{exp_name}/{env_id}: no {baseline} that learned, no normalised scores")
             first = np.nan
-        rows.append((exp_name, env_id, baseline, first, final, steps))
-    scale = pd.DataFrame(rows, columns=[*ENV, "baseline", "first", "final", "steps"])
+        rows.append((exp_name, env_id, first, final, steps))
+    scale = pd.DataFrame(rows, columns=[*ENV, "first", "final", "steps"])
     runs = runs.merge(scale, how="left", on=ENV)
     score = (runs["return"] - runs["first"]) / (runs.final - runs["first"])
     runs["score"] = score.where(runs.split != "train")
@@ -186,7 +186,7 @@ def final_scores(runs: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
     curves = runs.groupby([*CURVE, "time"])[["step", "share", "score"]].mean().groupby(CURVE)
     table.insert(0, "steps", curves.step.max())
     table["normalised"] = finals.groupby(CURVE).score.mean()
-    table["gain_percent"] = 100 * (table.normalised - 1)
+    table["gain_percent"] = (100 * (table.normalised - 1)).round(9) + 0.0  # not -0
     reached = curves.apply(lambda curve: first_reached(*curve[["share", "score"]].values.T))
     return table.assign(reached_at_percent=reached).reset_index()
 

@@ -1,4 +1,4 @@
-"""analysis/plot.py: every number of its tables against one worked out by hand or by enumeration."""
+"""analysis/plot.py: every number of its tables against one worked out by hand."""
 
 import itertools
 import shutil
