@@ -76,7 +76,7 @@ class Head(nn.Module):
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         W = self.W(latent).unflatten(-1, self.shape)
-        # b and 1 + g in full precision, also where autocast makes the matrix products bfloat16
+        # Under autocast b and g are bfloat16: cast back, so that 1 + g is not rounded
         b, g = (linear(latent).to(linear.weight.dtype) for linear in (self.b, self.g))
         return W, b, g
 
@@ -84,8 +84,8 @@ class Head(nn.Module):
 class HyperNetwork(nn.Module):
     """Primary network, heads, and a dynamic network with one hidden layer (Sec. 2, Eq. 1).
 
-    Leading dimensions: `meta (B, m)` with `base (B, x)` generates one set of weights per sample;
-    `meta (T, m)` with `base (T, N, x)` one set for each of T tasks, used for N samples of it.
+    `meta (B, meta_dim)` with `base (B, base_dim)` generates one set of weights per sample; `meta
+    (T, meta_dim)` with `base (T, N, base_dim)` one for each of T tasks, used for N samples of it.
 
     `init` says how the dynamic weights start (compared in results/):
     - "released": heads uniform in ±0.05 (hidden layer) and ±0.008 (output layer), the constants of
@@ -138,9 +138,10 @@ class HyperNetwork(nn.Module):
     def dynamic(weights: Weights, base: Tensor) -> Tensor:
         """Eq. 1: `x = relu((1 + g) * (x W) + b)`, with no relu on the last layer.
 
-        base (B, x) with weights of (B, m), or (T, N, x) with weights of (T, m) -> (..., out_dim)
+        base (B, base_dim) with weights generated from meta (B, meta_dim), or base (T, N, base_dim)
+        with weights from meta (T, meta_dim) -> (..., out_dim)
         """
-        per_sample = base.dim() == weights[0][1].dim()  # or `base` has one more axis, of N samples
+        per_sample = base.dim() == weights[0][1].dim()  # else one per task
         x = base.unsqueeze(-2) if per_sample else base  # (B, 1, x) or (T, N, x)
         for layer, (W, b, g) in enumerate(weights):
             g, b = g.unsqueeze(-2), b.unsqueeze(-2)
@@ -154,6 +155,21 @@ class HyperNetwork(nn.Module):
 
     def forward(self, meta: Tensor, base: Tensor) -> Tensor:
         return self.dynamic(self.generate(meta), base)
+
+
+class HyperCritic(nn.Module):
+    """SA-Hyper, Q(s, a) = f_{w(s)}(a), or AS-Hyper, Q(s, a) = f_{w(a)}(s) (Sec. 3)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, meta: str, **hyper):
+        super().__init__()
+        self.meta = meta
+        dims = (obs_dim, action_dim) if meta == "obs" else (action_dim, obs_dim)
+        self.hyper = HyperNetwork(*dims, out_dim=1, **hyper)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        meta, base = (obs, action) if self.meta == "obs" else (action, obs)
+        weights = self.hyper.generate(meta)  # w(s), or w(a) for AS-Hyper
+        return self.hyper.dynamic(weights, base).squeeze(-1)
 
 
 class ConcatCritic(nn.Module):
@@ -199,21 +215,6 @@ class ResNetFeaturesCritic(nn.Module):
         return self.critic(self.features(obs), action)
 
 
-class HyperCritic(nn.Module):
-    """SA-Hyper, Q(s, a) = f_{w(s)}(a), or AS-Hyper, Q(s, a) = f_{w(a)}(s) (Sec. 3)."""
-
-    def __init__(self, obs_dim: int, action_dim: int, meta: str, **hyper):
-        super().__init__()
-        self.meta = meta
-        dims = (obs_dim, action_dim) if meta == "obs" else (action_dim, obs_dim)
-        self.hyper = HyperNetwork(*dims, out_dim=1, **hyper)
-
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        meta, base = (obs, action) if self.meta == "obs" else (action, obs)
-        weights = self.hyper.generate(meta)  # w(s), or w(a) for AS-Hyper
-        return self.hyper.dynamic(weights, base).squeeze(-1)
-
-
 def make_mlp(input_dim: int, *widths: int) -> nn.Sequential:
     """Linear layers with relu between them: (..., input_dim) -> (..., 1)."""
     layers = []
@@ -243,7 +244,7 @@ def make_critic(
     match name:
         case "mlp":  # MLP-Standard
             return ConcatCritic(make_mlp(dim, 256, 256))
-        case "mlp-small":  # as large as the dynamic network
+        case "mlp-small":  # as wide as the dynamic network
             return ConcatCritic(make_mlp(dim, 256))
         case "mlp-large":  # about as many weights as the hypernetwork
             return ConcatCritic(make_mlp(dim, 2900, 2900))
@@ -267,9 +268,9 @@ def tune(device: str, precision: str) -> None:
     """Makes matrix products fast; the scripts call it once, before training.
 
     CPU: float32 products go to oneDNN, because MKL is slow on AMD processors (results/speed.md).
-    The setting would let oneDNN round to bfloat16, which it does where the processor has AMX, so it
-    is taken back there. CUDA: float32 products use TF32; the environment variable
-    NVIDIA_TF32_OVERRIDE=0 switches that off. Warns if the device has no bfloat16 arithmetic.
+    On processors with AMX the setting also rounds to bfloat16; this is detected and undone.
+    CUDA: float32 products use TF32; the environment variable NVIDIA_TF32_OVERRIDE=0 switches that
+    off. Warns if the device has no bfloat16 arithmetic.
     """
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     a = torch.linspace(-1, 1, 256 * 256).view(256, 256)

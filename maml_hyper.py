@@ -49,7 +49,7 @@ from meta_envs import FAMILIES, MetaVectorEnv, sample_goals
 
 @dataclass
 class Args:
-    """MAML with hypernetwork policies. The defaults are those of the paper's run."""
+    """MAML with any of the three policies of the paper."""
 
     model: Literal["vanilla", "context", "hyper"] = "hyper"
     """policy: MLP on the state, MLP on state and context, or hypernetwork (paper, Sec. 4)"""
@@ -156,7 +156,7 @@ class Policy(nn.Module):
                 nn.init.zeros_(layer.bias)
             self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
         with warnings.catch_warnings(action="ignore"):  # "initializing zero-element tensors"
-            self.log_std = nn.Linear(0, action_dim)  # a bare bias, as a layer, so that it adapts
+            self.log_std = nn.Linear(0, action_dim)  # a bias alone; adapted like a layer
         nn.init.zeros_(self.log_std.bias)
 
     def autocast(self, x: Tensor) -> torch.autocast:
@@ -171,7 +171,7 @@ class Policy(nn.Module):
             return (self.net.generate(context) if self.model == "hyper" else context), log_std
 
     def dynamic(self, task, obs: Tensor) -> Tensor:
-        """The mean (T, N, action) at obs (T, N, obs), with the first of what `generate` returns."""
+        """The mean (T, N, action) at obs (T, N, obs); `task` is the first output of `generate`."""
         with self.autocast(obs):
             if self.model == "hyper":
                 return self.net.dynamic(task, obs).to(obs.dtype)
@@ -198,8 +198,8 @@ class WeightStep(NamedTuple):
 class RankOneStep(NamedTuple):
     """The inner step of a layer that sees one context of each task, as a hypernetwork's layers do.
 
-    The gradient of its weights is the outer product of its input x_k and of δ, the gradient of its
-    output. So x_k and -η δ are enough, and T copies of millions of weights are never made.
+    The gradient of its weights is the outer product of its input in inner step k, x_k, and of δ,
+    the gradient of its output. So x_k and -η δ are enough, and T copies of the weights never made.
     """
 
     x: Tensor  # (T, in), x_k
@@ -215,7 +215,10 @@ Step = dict[nn.Linear, WeightStep | RankOneStep]
 
 @contextlib.contextmanager
 def adapted(policy: Policy, steps: list[Step]) -> Iterator[dict[nn.Linear, tuple[Tensor, Tensor]]]:
-    """Within, the weights of task i are θ_i = θ + Σ steps. Yields each layer's last (x, y)."""
+    """Inside, each layer adds the steps of task i to its output, as if its weights were θ_i.
+
+    θ itself stays as it is. Yields the last input and output (x, y) of each layer.
+    """
     seen = {}
 
     def add_steps(layer: nn.Linear, inputs: tuple[Tensor], y: Tensor) -> Tensor:

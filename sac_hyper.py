@@ -44,7 +44,7 @@ from hypernet import CRITICS, CudaGraph, make_critic, tune
 
 @dataclass
 class Args:
-    """SAC with hypernetwork critics."""
+    """SAC with any of the eight critics of the paper."""
 
     critic: Literal[CRITICS] = "sa-hyper"
     """Q-network (paper, Sec. 5.2)"""
@@ -86,7 +86,7 @@ class Args:
     total_timesteps: int = 1_000_000
     """environment steps of the whole run; a larger number extends a run (released)"""
     eval_every: int = 5_000
-    """environment steps between two evaluations, of which one is at the end (released)"""
+    """environment steps between two evaluations; one more is at the end (released)"""
     eval_episodes: int = 10
     """episodes in an evaluation, with the deterministic policy (released)"""
     checkpoint_every: int = 5_000
@@ -190,8 +190,8 @@ def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[T
     """mean (α log π(a|s) - min_i Q_i(s, a)) with a = μ(ε|s), Eq. 5, and the detached log π(a|s).
 
     With sa-hyper, w(s) does not depend on the action, so the gradient flows through the dynamic
-    network alone (Fig. 2c). Frozen before their forward pass, the critics store nothing of their
-    primary networks for the backward pass.
+    network alone (Fig. 2c). The critics are frozen before their forward pass, which therefore keeps
+    nothing of their primary networks for the backward pass.
     """
     obs = batch[0]
     action, log_prob = agent.actor.sample(obs, noise)
@@ -335,7 +335,7 @@ def train(args: Args) -> None:
     done = True
 
     while True:
-        # Begin an episode; between two of them there is no simulator state to save
+        # Save between two episodes, where there is no simulator state to save, and begin the next
         if done:
             run.save_checkpoint(global_step)
             obs, _ = env.reset(seed=int(rng.integers(2**31)))

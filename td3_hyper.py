@@ -42,7 +42,7 @@ from hypernet import CRITICS, CudaGraph, make_critic, tune
 
 @dataclass
 class Args:
-    """TD3 with hypernetwork critics."""
+    """TD3 with any of the eight critics of the paper."""
 
     critic: Literal[CRITICS] = "sa-hyper"
     """Q-network (paper, Sec. 5.2)"""
@@ -86,7 +86,7 @@ class Args:
     total_timesteps: int = 1_000_000
     """environment steps of the whole run; a larger number extends a run (released)"""
     eval_every: int = 5_000
-    """environment steps between two evaluations, of which one is at the end (released)"""
+    """environment steps between two evaluations; one more is at the end (released)"""
     eval_episodes: int = 10
     """episodes in an evaluation, with the deterministic policy (released)"""
     checkpoint_every: int = 5_000
@@ -155,9 +155,10 @@ def q_value(critic: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tenso
 
 
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> Tensor:
-    """Σ_i mean (Q_i(s, a) - y)² with y = r + γ (1 - terminated) min_i Q'_i(s', π'(s') + ε).
+    """Σ_i mean (Q_i(s, a) - y)² with y = r + γ (1 - terminated) min_i Q'_i(s', a').
 
-    `noise` (B, action) is standard normal; ε = clip(target_noise * noise, ±noise_clip).
+    a' = clip(π'(s') + ε, ±1) with ε = clip(target_noise * noise, ±noise_clip); `noise` (B, action)
+    is standard normal.
     """
     obs, action, reward, next_obs, terminated = batch
     with torch.no_grad():
@@ -172,8 +173,8 @@ def actor_loss(agent: Agent, batch: Batch, args: Args) -> Tensor:
     """-mean Q_1(s, π(s)), Eq. 5.
 
     With sa-hyper, w(s) does not depend on the action, so the gradient flows through the dynamic
-    network alone (Fig. 2c). Frozen before its forward pass, the critic stores nothing of the
-    primary network for the backward pass.
+    network alone (Fig. 2c). The critic is frozen before its forward pass, which therefore keeps
+    nothing of the primary network for the backward pass.
     """
     obs = batch[0]
     critic = agent.critics[0].requires_grad_(False)
@@ -297,7 +298,7 @@ def train(args: Args) -> None:
     done = True
 
     while True:
-        # Begin an episode; between two of them there is no simulator state to save
+        # Save between two episodes, where there is no simulator state to save, and begin the next
         if done:
             run.save_checkpoint(global_step)
             obs, _ = env.reset(seed=int(rng.integers(2**31)))
