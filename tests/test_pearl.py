@@ -10,13 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    assert_close_in_bfloat16,
-    assert_refused,
-    graph_of,
-    scalars,
-)
+from conftest import PEARL, ROOT, assert_close_in_bfloat16, assert_refused, graph_of, scalars
 from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
@@ -25,6 +19,8 @@ import pearl_hyper as pearl
 from meta_envs import FAMILIES, Family
 
 SCRIPT = ROOT / "pearl_hyper.py"
+SMALL = [*PEARL, "--env-id", "HalfCheetahVel-v0", "--num-iterations", 3]
+RUN_DIR = Path("runs/pearl_hyper/HalfCheetahVel-v0/hyper/seed1")
 OBS, ACTION, T, N, M = 4, 2, 3, 5, 7
 GOALS = np.array([-1.0, 0.5, 2.0])
 MODELS = pytest.mark.parametrize("model", ["mlp", "hyper"])
@@ -49,7 +45,6 @@ class PointMass:
         self.log, self.starts, self.actions = [], [], []
 
     def set_goals(self, goals):
-        assert len(goals) == len(self.goals)
         self.goals = goals
 
     def reset(self, *, seed, options):
@@ -65,8 +60,7 @@ class PointMass:
         live = (self.elapsed < self.horizon) & (abs(self.x[:, 0]) < self.edge)
         self.x[live] += 0.2 * actions[live]
         self.elapsed += live
-        distance = self.x[:, 0] - np.repeat(self.goals, self.episodes_per_goal)
-        reward = live * -(distance**2)
+        reward = live * -((self.x[:, 0] - np.repeat(self.goals, self.episodes_per_goal)) ** 2)
         self.returns += reward
         self.actions.append(actions)
         terminated = abs(self.x[:, 0]) >= self.edge
@@ -99,10 +93,16 @@ def make_batch(args: pearl.Args) -> tuple[pearl.Batch, torch.Tensor, torch.Tenso
     return batch, torch.randn(T, args.latent_dim), torch.randn(T, N, ACTION)
 
 
-def make_tasks(args: pearl.Args) -> pearl.Tasks:
-    """The tasks of GOALS, with empty buffers for a `PointMass`."""
+def make_collecting(**options):
+    """A small agent for a `PointMass`, the tasks of GOALS, and collect() with both."""
+    agent, args = make_agent(1, 1, **options)
     buffers = (pearl.ReplayBuffer(3, w, args.buffer_size, "cpu") for w in ((1,) * 5, (3,)))
-    return pearl.Tasks(GOALS, *buffers)
+    tasks, rng = pearl.Tasks(GOALS, *buffers), np.random.default_rng(0)
+
+    def run(envs, chosen, num_steps, posterior):
+        return pearl.collect(agent, envs, tasks, chosen, num_steps, rng, args, posterior=posterior)
+
+    return agent, args, tasks, run
 
 
 def parameters(*modules) -> set[int]:
@@ -116,35 +116,26 @@ def inputs_of(module: torch.nn.Module) -> list[torch.Tensor]:
     return seen
 
 
-def roll_out(agent: pearl.Agent, envs: PointMass, z: torch.Tensor) -> None:
-    pearl.rollout(agent.policy, z, envs, np.ones(len(z), bool), np.random.default_rng(0))
-
-
 def test_product_of_gaussians_equals_the_closed_form():
     torch.manual_seed(0)
     mean, variance = torch.randn(T, N, 5).double(), torch.rand(T, N, 5).double() + 0.1
     # Two Gaussians after another: N(a, A) N(b, B) ~ N((a B + b A) / (A + B), A B / (A + B))
     m, v = mean[:, 0], variance[:, 0]
-    for n in range(1, N):
-        b, B = mean[:, n], variance[:, n]
+    for b, B in zip(mean[:, 1:].unbind(1), variance[:, 1:].unbind(1)):
         m, v = (m * B + b * v) / (v + B), v * B / (v + B)
     torch.testing.assert_close(pearl.product_of_gaussians(mean, variance), (m, v))
 
 
-def test_kl_equals_torch_distributions():
-    torch.manual_seed(0)
-    mean, variance = torch.randn(T, 5), torch.rand(T, 5) + 0.1
-    expected = kl_divergence(Normal(mean, variance.sqrt()), Normal(0.0, 1.0)).sum()
-    torch.testing.assert_close(pearl.kl_from_prior(mean, variance), expected)
-
-
-def test_log_probability_equals_torch_distributions():
+def test_kl_and_log_probability_equal_torch_distributions():
     torch.manual_seed(0)
     mean, log_std, noise = torch.randn(3, T, N, ACTION).double()
+    normal = Normal(mean, log_std.exp())
+    expected = kl_divergence(normal, Normal(0.0, 1.0)).sum()
+    torch.testing.assert_close(pearl.kl_from_prior(mean, normal.variance), expected)
     noise[0] *= 12  # to the bounds of the actions
     u = mean + log_std.exp() * noise
     transform = TanhTransform(cache_size=1)  # the cache makes the inverse exact
-    squashed = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), transform)
+    squashed = TransformedDistribution(Independent(normal, 1), transform)
     torch.testing.assert_close(pearl.log_prob(u, noise, log_std), squashed.log_prob(transform(u)))
 
 
@@ -166,7 +157,6 @@ def test_the_policys_log_std_is_bounded_and_the_encoders_variance_never_zero(mod
 def test_an_update_moves_everything_and_the_encoder_by_q_loss_and_kl_alone(model, context):
     agent, args = make_agent(model=model, context=context, kl_weight=0.3, tau=0.1)
     before, (batch, z_noise, noise) = copy.deepcopy(agent), make_batch(args)
-    parts = {"q": agent.q, "v": agent.v, "policy": agent.policy}
     encoder = [agent.encoder] if context == "learned" else []
     z, kl = pearl.infer(agent, batch.context, z_noise)
     loss = pearl.q_loss(agent, batch, z, args)
@@ -177,7 +167,6 @@ def test_an_update_moves_everything_and_the_encoder_by_q_loss_and_kl_alone(model
     assert all(p.requires_grad for p in agent.q.parameters())
     if encoder:
         assert graph_of(kl)[0] == parameters(agent.encoder)
-        parts["encoder"] = agent.encoder
         expected = torch.autograd.grad(loss + 0.3 * kl, [*agent.encoder.parameters()])
     losses = pearl.update(agent, pearl.make_optimizers(agent, args), batch, z_noise, noise, args)
     assert set(losses) == {"kl", "q_loss", "v_loss", "policy_loss"}
@@ -187,12 +176,11 @@ def test_an_update_moves_everything_and_the_encoder_by_q_loss_and_kl_alone(model
     for new, p, old in zip(agent.target, agent.online, before.target):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * p)
         assert not new.requires_grad
-    for name, part in parts.items():
-        old, new = next(getattr(before, name).parameters()), next(part.parameters())
-        assert not torch.equal(old, new), name
+    for (name, new), old in zip(agent.named_children(), before.children()):
+        assert not torch.equal(next(new.parameters()), next(old.parameters())), name
 
 
-def test_critics_weights_come_from_the_state_and_those_of_a_tasks_policy_once_from_z():
+def test_critics_weights_come_from_the_state_and_those_of_a_tasks_policy_from_z():
     agent, args = make_agent()
     batch, z_noise, noise = make_batch(args)
     q, v, policy = (inputs_of(x.net.primary) for x in (agent.q[0], agent.v, agent.policy))
@@ -200,25 +188,20 @@ def test_critics_weights_come_from_the_state_and_those_of_a_tasks_policy_once_fr
     assert len(q) == 2 and len(v) == 1 and all(torch.equal(x, batch.obs) for x in q + v)
     assert [x.shape for x in policy] == [(T, 5)]  # not T * N rows
     assert (agent.q[0].net.hidden.shape[0], agent.v.net.hidden.shape[0]) == (ACTION + 5, 5)
-    agent, _ = make_agent(1, 1)
-    policy = inputs_of(agent.policy.net.primary)
-    roll_out(agent, PointMass("", [0.0, 1.0], 2), torch.randn(4, 5))
-    assert [x.shape for x in policy] == [(4, 5)]  # once for a whole trajectory
 
 
 @MODELS
 @CONTEXTS
-def test_losses_and_gradients_equal_the_equations_with_every_transition_a_task_of_its_own(
-    model, context
-):
+def test_losses_and_gradients_equal_the_equations_transition_by_transition(model, context):
     agent, args = make_agent(model=model, context=context, gamma=0.9, policy_reg=0.01)
     batch, z_noise, noise = make_batch(args)
     z, _ = pearl.infer(agent, batch.context, z_noise)
     v_loss, policy_loss = pearl.v_and_policy_loss(agent, batch, z, noise, args)
     losses = {"q": pearl.q_loss(agent, batch, z, args), "v": v_loss, "policy": policy_loss}
 
+    # Every transition as a task of its own: (T * N, 1, ...)
     columns = (x.flatten(0, 1).unsqueeze(1) for x in (*batch[:5], noise))
-    obs, action, reward, next_obs, terminated, noise = columns  # (T * N, 1, ...)
+    obs, action, reward, next_obs, terminated, noise = columns
     z = z.repeat_interleave(N, 0).unsqueeze(1)
     with torch.no_grad():
         target = 5 * reward + 0.9 * (1 - terminated) * agent.target_v(next_obs, z)
@@ -255,13 +238,11 @@ def test_bfloat16_has_the_losses_and_gradients_of_float32(model):
 
 
 def test_the_oracle_is_the_goal_with_no_encoder_no_kl_and_nothing_to_adapt():
-    agent, args = make_agent(1, 1, context="oracle")
-    tasks, rng = make_tasks(args), np.random.default_rng(0)
+    agent, args, tasks, run = make_collecting(context="oracle")
     for posterior in (False, True):
-        envs = PointMass("", GOALS, 2)
-        pearl.collect(agent, envs, tasks, np.arange(3), 40, rng, args, posterior=posterior)
+        run(PointMass("", GOALS, 2), np.arange(3), 40, posterior)
     assert tasks.encoder_buffer.added == [0, 0, 0]
-    batch = pearl.sample_batch(tasks, rng, args)
+    batch = pearl.sample_batch(tasks, np.random.default_rng(0), args)
     assert batch.context.shape == (T, 1) and set(batch.context.flatten().tolist()) <= {*GOALS}
     reward = -(batch.next_obs.squeeze(-1) - batch.context).square()
     torch.testing.assert_close(batch.reward, reward, atol=1e-5, rtol=0)  # of the task of the goal
@@ -292,20 +273,8 @@ def test_buffer_samples_the_tasks_asked_for_keeps_the_last_transitions_and_grows
     assert len(buffer.data[0]) == 0 and 2000 <= len(buffer.data[1]) <= 4000
 
 
-@pytest.fixture
-def collecting():
-    """A small agent, the tasks of GOALS, and collect() with both."""
-    agent, args = make_agent(1, 1)
-    tasks, rng = make_tasks(args), np.random.default_rng(0)
-
-    def run(envs, chosen, num_steps, posterior):
-        return pearl.collect(agent, envs, tasks, chosen, num_steps, rng, args, posterior=posterior)
-
-    return agent, tasks, run
-
-
-def test_encoder_buffer_holds_only_prior_data_of_the_latest_collection(collecting):
-    _, tasks, run = collecting
+def test_encoder_buffer_holds_only_prior_data_of_the_latest_collection():
+    _, _, tasks, run = make_collecting()
     envs, chosen = PointMass("", GOALS, 3), np.array([2, 0, 2])
     for _ in range(2):
         before = list(tasks.buffer.added)
@@ -316,18 +285,17 @@ def test_encoder_buffer_holds_only_prior_data_of_the_latest_collection(collectin
         prior = [rows[i:j] for rows, i, j in added]  # of a task drawn twice, that of both draws
         assert run(envs, chosen, 60, posterior=True) == 180
     assert tasks.buffer.added == [200, 0, 400] and tasks.encoder_buffer.added == [40, 0, 80]
+    rows, encoder_rows = (buffer.state_dict()["data"] for buffer in tasks[1:])
     for task in chosen:
-        encoder_rows = tasks.encoder_buffer.data[task][: tasks.encoder_buffer.added[task]]
-        torch.testing.assert_close(encoder_rows, prior[task][:, :3])
-        rows = tasks.buffer.data[task][: tasks.buffer.added[task]]
-        obs, action, reward, next_obs, terminated = rows.T
+        torch.testing.assert_close(encoder_rows[task], prior[task][:, :3])
+        obs, action, reward, next_obs, terminated = rows[task].T
         torch.testing.assert_close(next_obs, obs + 0.2 * action, atol=1e-5, rtol=0)
         torch.testing.assert_close(reward, -(next_obs - GOALS[task]).square().float())
         assert not terminated.any()  # time ran out: not the end
 
 
-def test_posterior_is_recomputed_for_each_trajectory_and_the_prior_needs_none(collecting):
-    agent, _, run = collecting
+def test_posterior_is_recomputed_for_each_trajectory_and_the_prior_needs_none():
+    agent, _, _, run = make_collecting()
     envs = PointMass("", GOALS, 3)
     contexts, latents = inputs_of(agent.encoder), inputs_of(agent.policy.net.primary)
     run(envs, np.arange(3), 40, posterior=False)
@@ -335,16 +303,15 @@ def test_posterior_is_recomputed_for_each_trajectory_and_the_prior_needs_none(co
     run(envs, np.arange(3), 60, posterior=True)
     (context,) = contexts
     assert context.shape == (9, M, 3)  # of 3 trajectories of each of 3 tasks
-    assert len({tuple(c.flatten().tolist()) for c in context}) == 9
+    assert len(context.unique(dim=0)) == 9
     mean, variance = agent.encoder(context)
     z = (latents[-1] - mean) / variance.sqrt()
     assert z.abs().max() < 5 and z.std() > 0.5  # a sample of the posterior
-    for latent in latents:
-        assert len({tuple(z.tolist()) for z in latent}) == 9
+    assert [len(z.unique(dim=0)) for z in latents] == [9, 9]  # once for a whole trajectory
 
 
-def test_trajectories_that_end_early_are_whole_and_others_follow_them(collecting):
-    _, tasks, run = collecting
+def test_trajectories_that_end_early_are_whole_and_others_follow_them():
+    _, _, tasks, run = make_collecting()
     envs = PointMass("", GOALS, 2, edge=0.5)
     steps = run(envs, np.arange(3), 40, posterior=False)
     assert steps == sum(tasks.buffer.added) and len(envs.log) > 1
@@ -353,8 +320,7 @@ def test_trajectories_that_end_early_are_whole_and_others_follow_them(collecting
         obs, _, _, next_obs, terminated = tasks.buffer.data[task][: tasks.buffer.added[task]].T
         assert terminated.any() and (obs.abs() < 0.5).all()
         assert ((next_obs.abs() >= 0.5) == terminated.bool()).all()
-        starts = obs[1:] != next_obs[:-1]
-        assert (terminated[:-1].bool() <= starts).all()
+        assert (obs[1:] != next_obs[:-1])[terminated[:-1].bool()].all()
 
 
 @MODELS
@@ -373,37 +339,18 @@ def test_evaluation_scores_only_the_trajectory_after_adaptation(model, edge):
     assert all((context[..., 0].abs() < edge).all() for context in contexts)
 
 
-def test_evaluation_takes_the_mean_action_and_has_the_same_starts_whenever_a_policy_falls(
-    monkeypatch,
-):
-    starts, actions = [], []
+def test_evaluation_takes_the_mean_action_and_has_the_same_starts_whenever_a_policy_falls():
+    played = []
     for slope, log_std in ((0.5, -3.0), (0.5, 2.0), (9.0, 2.0)):
-        fixed = lambda self, generated, obs: (slope * obs, obs * 0 + log_std)  # noqa: B023, E731
-        monkeypatch.setattr(pearl.Policy, "dynamic", fixed)
         agent, args = make_agent(1, 1)
-        envs = PointMass("", [0.5, 2.0], 2, edge=0.3)
-        pearl.evaluate(agent, envs, args)
-        starts.append(envs.starts)
-        actions.append(envs.actions)
-    np.testing.assert_array_equal(*actions[:2])
-    assert len(actions[2]) < len(actions[0])  # a steeper policy is at the edge sooner
-    for other in starts[1:]:
-        np.testing.assert_array_equal(starts[0], other)
-
-
-# The run
-
-
-def flags(**options) -> list:
-    pairs = [(name, v if isinstance(v, tuple) else (v,)) for name, v in options.items()]
-    return [x for name, values in pairs for x in (f"--{name.replace('_', '-')}", *values)]
-
-
-SMALL = dict(env_id="HalfCheetahVel-v0", primary_widths=(8, 16), dynamic_width=8, horizon=20)
-SMALL |= dict(num_train_goals=3, num_test_goals=2, num_initial_steps=40, num_collect_goals=2)
-SMALL |= dict(num_prior_steps=20, num_posterior_steps=30, num_train_steps=3, meta_batch_size=2)
-SMALL |= dict(batch_size=8, context_batch_size=6, num_iterations=3)
-RUN_DIR = Path("runs/pearl_hyper/HalfCheetahVel-v0/hyper/seed1")
+        agent.policy.dynamic = lambda _, obs, k=slope, s=log_std: (k * obs, obs * 0 + s)
+        played.append(PointMass("", [0.5, 2.0], 2, edge=0.3))
+        pearl.evaluate(agent, played[-1], args)
+    quiet, noisy, steep = played
+    np.testing.assert_array_equal(quiet.actions, noisy.actions)
+    assert len(steep.actions) < len(quiet.actions)  # it is at the edge sooner
+    for other in (noisy, steep):
+        np.testing.assert_array_equal(quiet.starts, other.starts)
 
 
 def read(run_dir: Path) -> list[dict]:
@@ -413,9 +360,9 @@ def read(run_dir: Path) -> list[dict]:
 
 @pytest.mark.parametrize("model, context", [("hyper", "learned"), ("mlp", "oracle")])
 def test_run_directory_holds_what_it_should(run_main, model, context):
-    options = dict(model=model, context=context, eval_every=2)
-    options |= dict(critic_lr=0.1, policy_lr=0.01, encoder_lr=0.001)
-    assert run_main(SCRIPT, *flags(**SMALL | options)).code == 0
+    args = ["--model", model, "--context", context, "--eval-every", 2, "--num-posterior-steps", 12]
+    args += ["--critic-lr", 0.1, "--policy-lr", 0.01, "--encoder-lr", 0.001]
+    assert run_main(SCRIPT, *SMALL, *args).code == 0
     learned = context == "learned"
     run_dir = RUN_DIR if learned else RUN_DIR.parents[1] / "mlp-oracle/seed1"
     rows = read(run_dir)
@@ -424,11 +371,11 @@ def test_run_directory_holds_what_it_should(run_main, model, context):
     splits = ["train", "train", "test", "test"]
     kinds = [(i, phase, split) for i in "023" for phase in phases for split in splits]
     assert [(row["iteration"], row["phase"], row["split"]) for row in rows] == kinds
-    # 3 tasks of 40 steps once; then 2 tasks of 20 and 30 steps, the latter in trajectories of 20
-    assert [int(row["env_steps"]) for row in rows[:: 4 * len(phases)]] == [0, 360, 480]
+    # 4 tasks of 16 steps once; then 2 tasks of 8 and 12 steps, the latter in trajectories of 8
+    assert [int(row["env_steps"]) for row in rows[:: 4 * len(phases)]] == [0, 160, 208]
     last = np.mean([float(row["return"]) for row in rows[-2:]])
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["test_post_return"] == pytest.approx(last) and summary["env_steps"] == 480
+    assert summary["test_post_return"] == pytest.approx(last) and summary["env_steps"] == 208
     means = [f"eval/{split}_{phase}_return" for phase in phases for split in ("train", "test")]
     losses = [f"losses/{name}" for name in ("kl", "q_loss", "v_loss", "policy_loss")]
     steps = dict.fromkeys([*means, "charts/SPS"], [0, 2, 3])
@@ -441,8 +388,7 @@ def test_run_directory_holds_what_it_should(run_main, model, context):
 
 @pytest.mark.parametrize("env_id, model", [*zip(FAMILIES, 3 * ["hyper", "mlp"])])
 def test_every_family_runs_with_goals_of_its_split(run_main, env_id, model):
-    small = SMALL | dict(num_initial_steps=10, num_train_goals=2, num_iterations=1, horizon=10)
-    assert run_main(SCRIPT, *flags(**small | dict(env_id=env_id, model=model))).code == 0
+    assert run_main(SCRIPT, *SMALL, "--env-id", env_id, "--model", model).code == 0
     (config,) = Path().rglob("config.json")
     for row in read(config.parent):
         low, high = getattr(FAMILIES[env_id], row["split"])
@@ -451,18 +397,14 @@ def test_every_family_runs_with_goals_of_its_split(run_main, env_id, model):
 
 def test_the_defaults_are_those_of_the_family_and_of_the_model_unless_given():
     mlp, hyper = pearl.Args(model="mlp", policy_lr=0.5), pearl.Args(env_id="AntFwdBack-v0")
-    assert (mlp.critic_lr, mlp.policy_lr, hyper.critic_lr, hyper.policy_lr) == (
-        3e-4,
-        0.5,
-        5e-5,
-        1e-4,
-    )
+    assert (mlp.critic_lr, mlp.policy_lr) == (3e-4, 0.5)
+    assert (hyper.critic_lr, hyper.policy_lr) == (5e-5, 1e-4)
     assert (mlp.num_train_goals, mlp.meta_batch_size) == (100, 16)
     assert (hyper.num_train_goals, hyper.meta_batch_size) == (2, 4)
 
 
 def test_non_finite_losses_weights_and_rewards_stop_the_run(run_main, monkeypatch):
-    finished = run_main(SCRIPT, *flags(**SMALL | dict(reward_scale=1e18, critic_lr=1e18)))
+    finished = run_main(SCRIPT, *SMALL, "--reward-scale", 1e18, "--critic-lr", 1e18)
     assert_refused(finished, "kl is not finite at iteration 0", code=1)
 
     step = torch.optim.Adam.step
@@ -473,15 +415,14 @@ def test_non_finite_losses_weights_and_rewards_stop_the_run(run_main, monkeypatc
             optimizer.param_groups[0]["params"][0].data *= math.nan
 
     monkeypatch.setattr(torch.optim.Adam, "step", ruin)
-    options = dict(num_train_steps=1, policy_lr=0.5, runs_dir="other")
-    finished = run_main(SCRIPT, *flags(**SMALL | options))
+    finished = run_main(SCRIPT, *SMALL, "--seed", 2, "--policy-lr", 0.5, "--num-train-steps", 1)
     assert_refused(finished, "weight is not finite at iteration 0", code=1)
     for checkpoint in Path().rglob("checkpoint.pt"):
         assert torch.load(checkpoint, weights_only=True)["step"] == 0
 
-    agent, envs = make_agent(1, 1)[0], PointMass("", [0.5, math.nan], 1)
+    agent, args = make_agent(1, 1)
     with pytest.raises(SystemExit, match="1"):
-        roll_out(agent, envs, torch.zeros(2, 5))
+        pearl.evaluate(agent, PointMass("", [0.5, math.nan], 1), args)
 
 
 def test_pearl_finds_the_goal_after_adaptation(run_main, monkeypatch):
@@ -489,15 +430,14 @@ def test_pearl_finds_the_goal_after_adaptation(run_main, monkeypatch):
     family = Family("point", (-1.0, 1.0), (-1.0, 1.0), False, 0.0, 0.0)
     monkeypatch.setitem(meta_envs.FAMILIES, "HalfCheetahVel-v0", family)
     monkeypatch.setattr(meta_envs, "MetaVectorEnv", PointMass)
-    point = dict(env_id="HalfCheetahVel-v0", num_train_goals=2, num_test_goals=2)
-    point |= dict(num_initial_steps=200, num_collect_goals=4, num_prior_steps=40, tau=0.02)
-    point |= dict(num_posterior_steps=40, horizon=20, eval_episodes=8, latent_dim=2, gamma=0.9)
-    point |= dict(num_iterations=5, num_train_steps=100, meta_batch_size=4, batch_size=32)
-    point |= dict(context_batch_size=40, critic_lr=1e-3, policy_lr=1e-3, encoder_lr=3e-3)
-    point |= dict(kl_weight=0.01, reward_scale=10, primary_widths=(32, 64), dynamic_width=64)
-    finished = run_main(SCRIPT, *flags(**point, hyper_init="bias"))
+    args = """--num-train-goals 2 --horizon 20 --num-initial-steps 200 --num-collect-goals 4
+    --num-prior-steps 40 --num-posterior-steps 40 --num-iterations 5 --num-train-steps 100
+    --eval-episodes 8 --meta-batch-size 4 --batch-size 32 --context-batch-size 40 --critic-lr 1e-3
+    --policy-lr 1e-3 --encoder-lr 3e-3 --kl-weight 0.01 --reward-scale 10 --gamma 0.9 --tau 0.02
+    --latent-dim 2 --primary-widths 32 64 --dynamic-width 64 --hyper-init bias"""
+    finished = run_main(SCRIPT, *SMALL, *args.split())
     assert finished.code == 0, finished.err
-    rows = [row for row in read(next(Path().rglob("seed1"))) if row["split"] == "test"]
+    rows = [row for row in read(RUN_DIR) if row["split"] == "test"]
     # (evaluations, phases, goals)
     returns = np.reshape([float(row["return"]) for row in rows], (-1, 2, 2)).mean(2)
     assert np.median((returns[:, 1] - returns[:, 0])[-3:]) > 6

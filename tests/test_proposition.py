@@ -2,16 +2,13 @@
 
 The policy is a = K s + L ε = φ ψ with ψ = (s, ε), ε standard normal and parameters φ = (K, L). The
 dynamics are linear and the reward is quadratic, so Q^π and ∇_a Q^π have closed forms (`Policy`).
-The states come from a fixed data set, and every expectation below is exact.
 
 **Eq. 6.** Write F(φ') = E_s E_ε Q^π(s, μ_φ'(ε|s)) with Q^π held fixed; A(φ', φ) = F(φ') - F(φ) is
 the empirical advantage. Here ∇_φ μ · f is f ψᵀ, so the true policy gradient is ∇F = E[∇_a Q ψᵀ],
 the direction of the step is G = E[g ψᵀ], and Eq. 6 reads ‖G - ∇F‖ ≤ α ‖∇F‖.
 
 **k̃** is the Lipschitz constant of ∇F. Since ∇_a Q(s, a) = -2 (H a + N s), two parameters φ₁, φ₂
-have ∇F(φ₁) - ∇F(φ₂) = -2 H (φ₁ - φ₂) S with S = E[ψ ψᵀ]. The norm of that is at most
-k̃ ‖φ₁ - φ₂‖ with k̃ = 2 λmax(H) λmax(S) = κ_q λmax(S), and equals it where φ₁ - φ₂ = u vᵀ for the
-top eigenvectors u of H and v of S.
+have ∇F(φ₁) - ∇F(φ₂) = -2 H (φ₁ - φ₂) S with S = E[ψ ψᵀ], so k̃ = 2 λmax(H) λmax(S) = κ_q λmax(S).
 
 **Proof.** A(φ + η G, φ) ≥ η ⟨∇F, G⟩ - k̃ η² ‖G‖² / 2 because ∇F is k̃-Lipschitz. By Eq. 6,
 ⟨∇F, G⟩ ≥ (1 - α) ‖∇F‖² and ‖G‖ ≤ (1 + α) ‖∇F‖. So η ≤ (1 - α) / (1 + α)² / k̃ gives
@@ -26,6 +23,8 @@ A ≥ η (1 - α) ‖∇F‖² / 2, which is positive.
 import numpy as np
 import pytest
 from numpy.linalg import norm  # of a matrix: the root of the sum of its squares
+from scipy.linalg import solve_discrete_are, solve_discrete_lyapunov
+from scipy.optimize import brentq
 
 GAMMA = 0.9
 A = np.array([[0.9, 0.3, 0.0], [-0.3, 0.9, 0.1], [0.0, 0.2, 0.8]])  # s' = A s + B a
@@ -55,8 +54,7 @@ class Policy:
     def __init__(self, phi: np.ndarray):
         self.phi, (K, L) = phi, np.split(phi, [3], axis=1)
         M = np.sqrt(GAMMA) * (A + B @ K)
-        P = np.linalg.solve(np.eye(9) - np.kron(M.T, M.T), (C + K.T @ R @ K).ravel())
-        self.P = P.reshape(3, 3)  # = C + Kᵀ R K + Mᵀ P M
+        self.P = solve_discrete_lyapunov(M.T, C + K.T @ R @ K)  # = C + Kᵀ R K + Mᵀ P M
         self.H, self.N = R + GAMMA * B.T @ self.P @ B, GAMMA * B.T @ self.P @ A
         self.v = np.trace(L.T @ self.H @ L) / (1 - GAMMA)
         self.kappa_q = 2 * np.linalg.eigvalsh(self.H)[-1]
@@ -74,10 +72,6 @@ class Policy:
     def advantage(self, phi: np.ndarray) -> float:
         return (self.q(STATES, PSI @ phi.T) - self.q(STATES, PSI @ self.phi.T)).mean()
 
-    def step_size(self, alpha: float) -> float:
-        """The largest that the proposition allows."""
-        return (1 - alpha) / (1 + alpha) ** 2 / self.k
-
     def ascend(self, eta: float, error: np.ndarray) -> tuple[float, float]:
         """The relative error of Eq. 6 and the advantage of a step along g = ∇_a Q + error."""
         G = average(self.action_gradients + error)
@@ -89,32 +83,27 @@ class Policy:
         small gradients, then the one whose step eta has the lowest advantage of all.
 
         The advantage is quadratic and concave in G - ∇F = E. In the eigenbasis of its curvature the
-        minimum on the sphere ‖E‖ = α ‖∇F‖ is -slope / (x + eta (k̃ - curvature)) for some x > 0
-        (if eta k̃ ≠ 1).
+        minimum on the sphere ‖E‖ = α ‖∇F‖ is -slope / (x + gap) for some x > 0 (if eta k̃ ≠ 1).
         """
         radius = alpha * norm(self.gradient)
         (h, U), (sigma, V) = np.linalg.eigh(self.H), np.linalg.eigh(S)
         curvature = 2 * np.outer(h, sigma)
         slope = (U.T @ self.gradient @ V) * (1 - eta * curvature)
-        low, high = 0, norm(slope) / radius
-        for _ in range(100):  # ‖E‖ decreases in x
-            x = (low + high) / 2
-            E = -slope / (x + eta * (self.k - curvature))
-            low, high = (x, high) if norm(E) > radius else (low, x)
+        gap, bound = eta * (self.k - curvature), norm(slope) / radius
+        x = brentq(lambda x: norm(slope / (x + gap)) - radius, 1e-9 * bound, bound)
         directions = np.random.default_rng(1).standard_normal((300, 2, 5))
         averaged = [radius * D / norm(D) for D in directions]
-        averaged += [alpha * self.gradient, -alpha * self.gradient, U @ E @ V.T]
+        averaged += [alpha * self.gradient, -alpha * self.gradient, U @ (-slope / (x + gap)) @ V.T]
         # The smallest error with a given average is linear in ψ, so it is a function of s and a.
         return [PSI @ np.linalg.solve(S, E.T) for E in averaged]
 
 
-BEST_K = np.zeros((2, 3))
-for _ in range(50):  # policy iteration
-    best = Policy(np.hstack([BEST_K, np.eye(2)]))
-    BEST_K = -np.linalg.solve(best.H, best.N)
+P = solve_discrete_are(np.sqrt(GAMMA) * A, np.sqrt(GAMMA) * B, C, R)  # of the best policy
+H = R + GAMMA * B.T @ P @ B
+BEST_K = -np.linalg.solve(H, GAMMA * B.T @ P @ A)
 # The costliest: nearly all of the noise lies where actions cost most, so that ∇F has almost exactly
 # the direction of the largest curvature. That is the proposition's worst case.
-costliest = Policy(np.hstack([BEST_K, np.linalg.eigh(best.H)[1] @ np.diag([0.005, 0.5])]))
+costliest = Policy(np.hstack([BEST_K, np.linalg.eigh(H)[1] @ np.diag([0.005, 0.5])]))
 OFFSETS = 0.2 * np.random.default_rng(2).standard_normal((2, 2, 5))
 POLICIES = [costliest, *(Policy(np.hstack([BEST_K, 0.3 * np.eye(2)]) + D) for D in OFFSETS)]
 each_policy = pytest.mark.parametrize("policy", POLICIES, ids=["costliest", "random", "random"])
@@ -146,8 +135,7 @@ def test_the_action_gradient_is_that_of_q_and_kappa_q_its_lipschitz_constant(pol
     gradient = policy.action_gradient(s, a)
     for i, d in enumerate(np.eye(2)):  # central differences are exact for quadratics
         assert (policy.q(s, a + d) - policy.q(s, a - d)) / 2 == pytest.approx(gradient[:, i])
-    change = norm(policy.action_gradient(s, b) - gradient, axis=1)
-    ratios = change / norm(b - a, axis=1)
+    ratios = norm(policy.action_gradient(s, b) - gradient, axis=1) / norm(b - a, axis=1)
     assert 0.999 * policy.kappa_q < ratios.max() <= policy.kappa_q * (1 + 1e-12)
 
 
@@ -170,8 +158,7 @@ def test_the_averaged_gradient_is_that_of_the_advantage_and_k_its_lipschitz_cons
 @each_policy
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5, 0.95])
 def test_the_step_of_proposition_1_raises_the_advantage_whatever_the_error(policy, alpha):
-    """And so does every step below 2 / (1 + α) / k̃."""
-    eta = policy.step_size(alpha)
+    eta = (1 - alpha) / (1 + alpha) ** 2 / policy.k  # the largest that the proposition allows
     proved = eta * (1 - alpha) / 2 * norm(policy.gradient) ** 2
     limit = 2 / (1 + alpha) / policy.k
     for step, least in ((eta, proved), (limit / 2, 0), (0.99 * limit, 0)):
@@ -184,7 +171,7 @@ def test_the_step_of_proposition_1_raises_the_advantage_whatever_the_error(polic
 @pytest.mark.parametrize("alpha, times", [(0.05, 2.3), (0.2, 3.1), (0.3, 3.8), (0.5, 6.1)])
 def test_a_step_a_few_times_larger_can_lower_the_advantage(alpha, times):
     too_large = alpha * costliest.action_gradients  # a critic whose gradients are 1 + α too large
-    eta = costliest.step_size(alpha)
+    eta = (1 - alpha) / (1 + alpha) ** 2 / costliest.k
     measured, advantage = costliest.ascend(times * eta, too_large)
     assert measured == pytest.approx(alpha) and advantage < 0
     assert costliest.ascend(0.95 * times * eta, too_large)[1] > 0
