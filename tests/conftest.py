@@ -6,7 +6,8 @@ import runpy
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 torch.set_num_threads(1)  # pytest -n 2 has a process for each core
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-
-
-@dataclass
-class Finished:
-    code: int
-    out: str
-    err: str
+Finished = namedtuple("Finished", ["code", "out", "err"])
 
 
 @pytest.fixture
@@ -55,9 +50,8 @@ def start(script, *args: object, **options) -> subprocess.Popen:
 
 
 # A small run of TD3 or SAC
-SMALL = ["--env-id", "InvertedPendulum-v4", "--critic", "mlp-small"]
-SMALL += ["--learning-starts", 100, "--batch-size", 8, "--buffer-size", 700]
-SMALL += ["--eval-every", 200, "--eval-episodes", 2]
+SMALL = ["--env-id", "InvertedPendulum-v4", "--critic", "mlp-small", "--learning-starts", 100]
+SMALL += ["--batch-size", 8, "--buffer-size", 700, "--eval-every", 200, "--eval-episodes", 2]
 
 
 def small(total_timesteps: int, checkpoint_every: int = 50) -> list:
@@ -72,32 +66,19 @@ PEARL = [*TASKS, "--num-initial-steps", 16, "--num-prior-steps", 8, "--num-poste
 PEARL += ["--num-collect-goals", 2, "--num-train-steps", 4, "--batch-size", 8]
 
 
-def assert_equal(a, b) -> None:
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_equal(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
+assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def assert_same_run(run_dir: Path, reference: Path, steps: int) -> None:
     """Both runs have the same eval.csv, summary, networks and TensorBoard scalars, bit for bit."""
-    assert (run_dir / "eval.csv").read_bytes() == (reference / "eval.csv").read_bytes()
-    assert (run_dir / "summary.json").read_bytes() == (reference / "summary.json").read_bytes()
+    for name in ("eval.csv", "summary.json"):
+        assert (run_dir / name).read_bytes() == (reference / name).read_bytes()
     weights = [torch.load(d / f"step_{steps}.pt", weights_only=True) for d in (run_dir, reference)]
     assert_equal(*weights)
-    ours, theirs = scalars(run_dir), scalars(reference)
-    for values in (ours, theirs):  # of the speed only when it was measured can be the same
+    both = scalars(run_dir), scalars(reference)
+    for values in both:  # of the speed only when it was measured can be the same
         values["charts/SPS"] = [(step, 0) for step, _ in values["charts/SPS"]]
-    assert_equal(ours, theirs)
+    assert_equal(*both)
 
 
 def assert_refused(finished: Finished, *words: str, code: int = 2) -> None:
@@ -115,47 +96,31 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in every}
 
 
-def damage(file: Path, how: str) -> None:
-    content = bytearray(file.read_bytes())
-    if how == "truncated":
-        content = content[: len(content) // 2]
-    elif how == "empty":
-        content = b""
-    elif how == "one flipped bit":
-        content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of every TensorBoard scalar, as TensorBoard shows them."""
     events = EventAccumulator(str(run_dir)).Reload()
-    return {
-        name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]
-    }
+    names = events.Tags()["scalars"]
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
 
 
 def graph_of(loss: torch.Tensor) -> tuple[set[int], int]:
     """ids of the parameters that a backward pass reaches, and the number of its nodes."""
-    leaves, seen, todo = set(), set(), [loss.grad_fn]
+    seen, todo = set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        todo += [parent for parent, _ in node.next_functions]
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    leaves = {id(node.variable) for node in seen if hasattr(node, "variable")}
     return leaves, len(seen)
 
 
 def assert_close_in_bfloat16(losses, networks: list[torch.nn.Module]) -> None:
     """In bfloat16, losses(precision), each of its network, are within 2 % of those in float32 and
     their gradients have a cosine of at least 0.98; losses and gradients are float32 in both."""
-    pairs = zip(losses("float32"), losses("bfloat16"), networks)
-    for loss, loss_16, network in pairs:
+    for loss, loss_16, network in zip(losses("float32"), losses("bfloat16"), networks):
         gradients = [torch.autograd.grad(x, [*network.parameters()]) for x in (loss, loss_16)]
-        tensors = loss, loss_16, *gradients[0], *gradients[1]
-        assert {x.dtype for x in tensors} == {torch.float32}
+        assert {x.dtype for x in (loss, loss_16, *gradients[0], *gradients[1])} == {torch.float32}
         flat = [torch.cat([x.flatten() for x in gradient]) for gradient in gradients]
         assert cosine(*flat) > 0.98 and not torch.equal(*flat)
         assert loss_16.item() == pytest.approx(loss.item(), rel=0.02)

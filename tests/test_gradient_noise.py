@@ -1,6 +1,5 @@
 """analysis/gradient_noise.py (Fig. 5) on small runs of maml_hyper.py."""
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,9 +15,6 @@ import td3_hyper
 from meta_envs import MetaVectorEnv, sample_goals
 
 sys.path.insert(0, str(ROOT / "analysis"))
-
-import gradient_noise
-
 SCRIPT = ROOT / "analysis" / "gradient_noise.py"
 FAMILY = Path("runs/maml_hyper/HalfCheetahFwdBack-v0")
 SMALL = {"primary_widths": (4, 8), "dynamic_width": 8, "horizon": 8, "episodes_per_goal": 2}
@@ -30,21 +26,18 @@ def make_run(model: str, *iterations: int, **arguments) -> Path:
     args = maml_hyper.Args(**SMALL | {"model": model, "device": "cpu"} | arguments)
     run_dir = Path("runs", args.exp_name, args.env_id, model, f"seed{args.seed}")
     run_dir.mkdir(parents=True)
-    (run_dir / "config.json").write_text(json.dumps({"args": dataclasses.asdict(args)}))
+    (run_dir / "config.json").write_text(json.dumps({"args": vars(args)}))
     for iteration in iterations:
         torch.manual_seed(iteration)
-        policy = maml_hyper.Policy(20, 6, args)
-        torch.save(policy.state_dict(), run_dir / f"step_{iteration}.pt")
+        torch.save(maml_hyper.Policy(20, 6, args).state_dict(), run_dir / f"step_{iteration}.pt")
     return run_dir
 
 
 def test_every_update_starts_from_the_stored_policy_with_episodes_of_its_own(run_main):
     run_dir = make_run("context", *range(5))
     options = ["--out", "out", "--num-checkpoints", 3, "--num-updates", 2]
-    finished = run_main(SCRIPT, run_dir, *options)
-    assert finished.code == 0, finished.err
+    assert run_main(SCRIPT, run_dir, *options).code == 0
     table = pd.read_csv("out/gradient_noise.csv")
-    assert list(table.columns) == gradient_noise.COLUMNS
     assert list(table.iteration) == [0, 0, 2, 2, 4, 4]  # 3 of 5, evenly spread
     assert list(table["update"]) == [0, 1] * 3 and table.post_return.nunique() == 6
     assert Path("out/gradient_noise_HalfCheetahFwdBack-v0.png").read_bytes().startswith(b"\x89PNG")
@@ -83,15 +76,9 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_experiments_table(run_m
 
 
 def test_bad_use_ends_with_a_message(run_main):
+    assert_refused(run_main(SCRIPT, "nowhere"), "nowhere: no run in there")
     run_dir = make_run("vanilla", 0)
-    make_run("context")
-    args = dataclasses.asdict(td3_hyper.Args(device="cpu"))
-    (make_run("hyper", exp_name="td3") / "config.json").write_text(json.dumps({"args": args}))
-    for args, word in [
-        ("nowhere", "nowhere: no run in there"),
-        ("runs/td3", "does not hold the arguments of a run of maml_hyper.py"),
-        (f"{FAMILY}/context", "--save-every"),
-    ]:
-        assert_refused(run_main(SCRIPT, *args.split()), word)
     (run_dir / "step_0.pt").write_bytes(b"PK")
     assert_refused(run_main(SCRIPT, run_dir), "step_0.pt does not hold the networks")
+    (run_dir / "config.json").write_text(json.dumps({"args": vars(td3_hyper.Args(device="cpu"))}))
+    assert_refused(run_main(SCRIPT, run_dir), "not hold the arguments of a run of maml_hyper.py")

@@ -1,11 +1,11 @@
 """maml_hyper.py from the command line. What all scripts share is tested in test_run.py."""
 
-import csv
 import itertools
 import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import MAML, ROOT, assert_equal, assert_refused, scalars
@@ -20,51 +20,39 @@ def small(num_iterations: int) -> list:
     return [*MAML, "--num-iterations", num_iterations]
 
 
-def read_rows(run_dir: Path = RUN_DIR) -> list[dict]:
-    with open(run_dir / "eval.csv") as stream:
-        return list(csv.DictReader(stream))
-
-
-PAIRS = [*zip(FAMILIES, 2 * ["vanilla", "context", "hyper"])]
-
-
-@pytest.mark.parametrize("env_id, model", PAIRS)
+@pytest.mark.parametrize("env_id, model", [*zip(FAMILIES, 2 * ["vanilla", "context", "hyper"])])
 def test_it_trains_on_every_family(run_main, env_id, model):
-    finished = run_main(SCRIPT, *small(1), "--env-id", env_id, "--model", model)
-    assert finished.code == 0, finished.err
-    rows = read_rows(Path("runs/maml_hyper", env_id, model, "seed1"))
-    found = {(row["iteration"], row["split"], row["phase"]) for row in rows}
-    assert found == {*itertools.product("01", ("train", "test"), ("pre", "post"))}
+    assert run_main(SCRIPT, *small(1), "--env-id", env_id, "--model", model).code == 0
+    table = pd.read_csv(Path("runs/maml_hyper", env_id, model, "seed1", "eval.csv"))
+    found = {*zip(table.iteration, table.split, table.phase)}
+    assert found == {*itertools.product((0, 1), ("train", "test"), ("pre", "post"))}
 
 
 @pytest.mark.parametrize("num_adapt_steps, order", [(0, []), (3, ["--first-order"])])
 def test_any_number_of_inner_steps(run_main, num_adapt_steps, order):
     args = [*small(2), *order, "--num-adapt-steps", num_adapt_steps, "--save-every", 1]
-    finished = run_main(SCRIPT, *args, "--inner-lr", 0.01)
-    assert finished.code == 0, finished.err
+    assert run_main(SCRIPT, *args, "--inner-lr", 0.01).code == 0
     weights = [torch.load(RUN_DIR / f"step_{i}.pt", weights_only=True) for i in range(3)]
     first = [w["net.primary.0.weight"] for w in weights]
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
-    rows = read_rows()
-    assert {row["phase"] for row in rows} == ({"pre", "post"} if num_adapt_steps else {"pre"})
+    table = pd.read_csv(RUN_DIR / "eval.csv")
+    assert {*table.phase} == ({"pre", "post"} if num_adapt_steps else {"pre"})
     # Steps of 3 tasks with 2 episodes of 8 steps, before each inner step and after the last.
-    assert rows[-1]["env_steps"] == str(2 * (num_adapt_steps + 1) * 3 * 2 * 8)
+    assert table.env_steps.iloc[-1] == 2 * (num_adapt_steps + 1) * 3 * 2 * 8
 
 
 def test_run_directory_holds_what_the_readme_says(run_main):
-    finished = run_main(SCRIPT, *small(3), "--eval-every", 2, "--save-every", 2)
-    assert finished.code == 0, finished.err
-    steps = {f"step_{i}.pt" for i in (0, 2, 3)}
-    assert {file.name for file in RUN_DIR.glob("step_*.pt")} == steps
-    rows = read_rows()
-    assert list(rows[0]) == ["iteration", "env_steps", "split", "goal", "phase", "return"]
+    assert run_main(SCRIPT, *small(3), "--eval-every", 2, "--save-every", 2).code == 0
+    assert {file.stem for file in RUN_DIR.glob("step_*.pt")} == {"step_0", "step_2", "step_3"}
+    table = pd.read_csv(RUN_DIR / "eval.csv")
+    assert list(table) == ["iteration", "env_steps", "split", "goal", "phase", "return"]
     # The last iteration is evaluated although it is every second one's turn
-    assert [row["iteration"] for row in rows] == ["0"] * 10 + ["2"] * 10 + ["3"] * 10
-    assert {row["goal"] for row in rows if row["split"] == "test"} == {"-1.0", "1.0"}
-    assert rows[-1]["env_steps"] == str(3 * 2 * 3 * 2 * 8)
-    last = [float(r["return"]) for r in rows[-10:] if (r["split"], r["phase"]) == ("test", "post")]
+    assert list(table.iteration) == [0] * 10 + [2] * 10 + [3] * 10
+    assert {*table.goal[table.split == "test"]} == {-1.0, 1.0}
+    assert table.env_steps.iloc[-1] == 3 * 2 * 3 * 2 * 8
+    last = table.query("iteration == 3 and split == 'test' and phase == 'post'")["return"]
     summary = json.loads((RUN_DIR / "summary.json").read_text())
-    assert summary["test_post_return"] == pytest.approx(sum(last) / 2) and summary["iteration"] == 3
+    assert summary["test_post_return"] == pytest.approx(last.mean()) and summary["iteration"] == 3
     values = scalars(RUN_DIR)
     evaluations = {f"eval/{s}_{p}_return" for s in ("train", "test") for p in ("pre", "post")}
     charts = {"charts/pre_return", "charts/post_return", "charts/SPS"}
