@@ -73,6 +73,7 @@ def test_losses_of_td3_equal_their_equations_sample_by_sample(critic):
     agent, args = make_agent(td3, critic, gamma=0.9)
     batch, (noise, _) = make_batch()
     noise = 3 * noise  # beyond noise_clip for some
+    torch.nn.init.constant_(agent.target_actor.output.bias, 2.0)  # near 1, to be clipped
     critic_loss = actor_loss = 0.0
     samples = zip(*(x.split(1) for x in (*batch, noise)))
     for obs, action, reward, next_obs, terminated, epsilon in samples:
