@@ -317,5 +317,5 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):  # another libc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB
         libc.mallopt(-2, 2**26)  # M_TOP_PAD: take 64 MiB at a time

@@ -86,7 +86,7 @@ class Args:
     total_timesteps: int = 1_000_000
     """environment steps of the whole run; a larger number extends a run (released)"""
     eval_every: int = 5_000
-    """environment steps between two evaluations; one more is at the end (released)"""
+    """environment steps between two evaluations; the end is evaluated, too (released)"""
     eval_episodes: int = 10
     """episodes in an evaluation, with the deterministic policy (released)"""
     checkpoint_every: int = 5_000
@@ -335,7 +335,7 @@ def train(args: Args) -> None:
     done = True
 
     while True:
-        # Save between two episodes, where there is no simulator state to save, and begin the next
+        # Begin an episode; a checkpoint before it needs no state of the simulator
         if done:
             run.save_checkpoint(global_step)
             obs, _ = env.reset(seed=int(rng.integers(2**31)))
