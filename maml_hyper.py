@@ -241,7 +241,7 @@ def adapted(policy: Policy, steps: list[Step]) -> Iterator[dict[nn.Linear, tuple
 
 
 class Batch(NamedTuple):
-    """Episodes of T tasks, N = episodes * horizon samples each."""
+    """Samples of T tasks, N = episodes * horizon of each."""
 
     context: Tensor  # (T, 1)
     obs: Tensor  # (T, N, obs)
@@ -272,8 +272,8 @@ def inner_step(
     return step
 
 
-class Episodes(NamedTuple):
-    """What the update learns from: episodes before each inner step and after the last."""
+class MetaBatch(NamedTuple):
+    """What the update learns from: samples before each inner step and after the last."""
 
     pre: list[Batch]
     steps: list[Step]
@@ -283,12 +283,12 @@ class Episodes(NamedTuple):
 CHUNK = 80_000  # samples that go through a policy at once, which bounds the memory
 
 
-def split_tasks(episodes: Episodes) -> list[Episodes]:
+def split_tasks(meta_batch: MetaBatch) -> list[MetaBatch]:
     """The tasks in chunks of at most `CHUNK` samples, or of one task."""
-    T, N = episodes.post.weight.shape
+    T, N = meta_batch.post.weight.shape
     size = max(1, CHUNK // N)
     slices = [slice(i, i + size) for i in range(0, T, size)]
-    return [tree_map(lambda x, tasks=tasks: x[tasks], episodes) for tasks in slices]
+    return [tree_map(lambda x, tasks=tasks: x[tasks], meta_batch) for tasks in slices]
 
 
 def by_name(policy: Policy, theta: Tensor) -> dict[str, Tensor]:
@@ -297,7 +297,7 @@ def by_name(policy: Policy, theta: Tensor) -> dict[str, Tensor]:
     return {n: piece.view_as(p) for (n, p), piece in zip(policy.named_parameters(), pieces)}
 
 
-def adapted_outputs(policy: Policy, theta: Tensor, chunk: Episodes, args: Args) -> Gaussian:
+def adapted_outputs(policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args) -> Gaussian:
     """The adapted policies π_{θ_i} at the states of `chunk.post`, as a function of θ."""
     parameters, steps = by_name(policy, theta), chunk.steps
     if not args.first_order:
@@ -319,7 +319,7 @@ def surrogate_and_kl(new: Gaussian, old: Gaussian, post: Batch, args: Args) -> T
 
 
 def meta_gradient(
-    policy: Policy, theta: Tensor, chunk: Episodes, args: Args
+    policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args
 ) -> tuple[Tensor, Gaussian]:
     """∇_θ of the chunk's surrogate, through the inner steps (Eq. 15), and its policies at θ."""
     leaf = theta.detach().requires_grad_()
@@ -330,7 +330,7 @@ def meta_gradient(
 
 
 def fisher_product(
-    policy: Policy, theta: Tensor, chunk: Episodes, vector: Tensor, args: Args
+    policy: Policy, theta: Tensor, chunk: MetaBatch, vector: Tensor, args: Args
 ) -> Tensor:
     """The Hessian of the chunk's KL at θ times a vector, exactly: Jᵀ F J v.
 
@@ -366,7 +366,7 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 @torch.no_grad()
 def line_search(
-    policy: Policy, step: Tensor, chunks: list[Episodes], old: list[Gaussian], args: Args
+    policy: Policy, step: Tensor, chunks: list[MetaBatch], old: list[Gaussian], args: Args
 ) -> dict[str, float]:
     """Moves θ by the largest 0.8^k step with a better surrogate and a KL within bounds, if any."""
     theta = parameters_to_vector(policy.parameters())
@@ -385,9 +385,9 @@ def line_search(
     return {"surrogate": 0.0, "kl": 0.0, "step_size": 0.0}
 
 
-def update(policy: Policy, episodes: Episodes, args: Args) -> dict[str, float]:
+def update(policy: Policy, meta_batch: MetaBatch, args: Args) -> dict[str, float]:
     """One TRPO step of θ on the surrogate. Returns statistics of the step."""
-    theta, chunks = parameters_to_vector(policy.parameters()).detach(), split_tasks(episodes)
+    theta, chunks = parameters_to_vector(policy.parameters()).detach(), split_tasks(meta_batch)
 
     def product(vector: Tensor) -> Tensor:
         products = (fisher_product(policy, theta, chunk, vector, args) for chunk in chunks)
@@ -497,7 +497,7 @@ def adapt_and_sample(
         batches.append(make_batch(rollouts[-1], args))
         parts = [
             inner_step(policy, theta, chunk.steps, chunk.post, args)
-            for chunk in split_tasks(Episodes([], steps, batches[-1]))
+            for chunk in split_tasks(MetaBatch([], steps, batches[-1]))
         ]
         steps.append(tree_map(lambda *tasks: torch.cat(tasks).detach(), *parts))
         rollouts.append(sample(policy, steps, envs, rng, args))
@@ -555,7 +555,7 @@ def train(args: Args) -> None:
             break
 
         # Learn: one TRPO step of θ on all tasks
-        losses = update(policy, Episodes(pre, steps, make_batch(rollouts[-1], args)), args)
+        losses = update(policy, MetaBatch(pre, steps, make_batch(rollouts[-1], args)), args)
         run.check_finite(iteration, **losses)
         run.log(iteration, "losses", losses)
         run.log(iteration, "charts", {f"{p}_return": r.mean() for p, r in train_returns.items()})
@@ -573,7 +573,7 @@ def train(args: Args) -> None:
 
 
 def stop(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line on stderr; code 2 means bad use, 1 a run that went wrong."""
+    """Exits with one line on stderr; code 2 means bad use, 1 a run that went wrong."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
@@ -627,7 +627,7 @@ class Run:
     FREE = "total_timesteps num_iterations runs_dir track checkpoint_every save_every".split()
 
     def __init__(self, args, model: str, total: int, columns: str):
-        """Locks the directory; ends here if another process has it."""
+        """Locks the directory; exits if another process has it."""
         self.args, self.total, self.eval_csv = args, total, columns + "\n"
         self.unit = columns.split(",")[0]  # global_step or iteration
         env = args.env_id.replace("/", "-").replace(":", "-")
@@ -644,7 +644,7 @@ class Run:
     def resume(self, rng: np.random.Generator, **parts) -> int:
         """Loads the last checkpoint, if any, into `rng` and `parts`; returns its step, or 0.
 
-        Ends here if the run is complete or if the checkpoint was made with other arguments.
+        Exits if the run is complete or if the checkpoint was made with other arguments.
         """
         self.rng, self.parts, self.env_steps = rng, parts, 0
         self.config = json.loads(json.dumps(asdict(self.args)))
@@ -687,7 +687,7 @@ class Run:
         return step
 
     def load_checkpoint(self) -> dict | None:
-        """The newest intact checkpoint; None if the run is new, ends here if it has lost them."""
+        """The newest intact checkpoint; None if the run is new; exits if it has lost them."""
         files = [self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"]
         for file in filter(Path.exists, files):
             try:

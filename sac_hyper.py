@@ -388,7 +388,7 @@ def train(args: Args) -> None:
 
 
 def stop(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line on stderr; code 2 means bad use, 1 a run that went wrong."""
+    """Exits with one line on stderr; code 2 means bad use, 1 a run that went wrong."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
@@ -442,7 +442,7 @@ class Run:
     FREE = "total_timesteps num_iterations runs_dir track checkpoint_every save_every".split()
 
     def __init__(self, args, model: str, total: int, columns: str):
-        """Locks the directory; ends here if another process has it."""
+        """Locks the directory; exits if another process has it."""
         self.args, self.total, self.eval_csv = args, total, columns + "\n"
         self.unit = columns.split(",")[0]  # global_step or iteration
         env = args.env_id.replace("/", "-").replace(":", "-")
@@ -459,7 +459,7 @@ class Run:
     def resume(self, rng: np.random.Generator, **parts) -> int:
         """Loads the last checkpoint, if any, into `rng` and `parts`; returns its step, or 0.
 
-        Ends here if the run is complete or if the checkpoint was made with other arguments.
+        Exits if the run is complete or if the checkpoint was made with other arguments.
         """
         self.rng, self.parts, self.env_steps = rng, parts, 0
         self.config = json.loads(json.dumps(asdict(self.args)))
@@ -502,7 +502,7 @@ class Run:
         return step
 
     def load_checkpoint(self) -> dict | None:
-        """The newest intact checkpoint; None if the run is new, ends here if it has lost them."""
+        """The newest intact checkpoint; None if the run is new; exits if it has lost them."""
         files = [self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"]
         for file in filter(Path.exists, files):
             try:

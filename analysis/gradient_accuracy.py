@@ -87,7 +87,7 @@ class Args:
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """The N of its step_N.pt; ends here if it has none."""
+    """The N of its step_N.pt; exits if it has none."""
     steps = sorted(int(file.stem.removeprefix("step_")) for file in run_dir.glob("step_*.pt"))
     if not steps:
         stop(f"{run_dir} has no step_N.pt: wait for its end or train with --save-every")
@@ -102,7 +102,7 @@ def read_config(config: Path, *scripts) -> tuple:
         return script, script.Args(**{name: HERE.get(name, saved[name]) for name in saved})
     except (OSError, ValueError, KeyError, TypeError):
         names = " or ".join(f"{script.__name__}.py" for script in scripts)
-        stop(f"{config} does not hold the arguments of a run of {names} of this version")
+        stop(f"{config} is missing, or not of a run of {names} of this version")
 
 
 def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tuple]:
@@ -128,7 +128,7 @@ def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tu
 
 
 def read_table(file: Path, columns: list[str], settings: dict) -> list[dict]:
-    """The rows measured so far; ends here if that was with other settings."""
+    """The rows measured so far; exits if that was with other settings."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         table = pd.read_csv(file, dtype={"exp_name": str})[columns]
@@ -149,7 +149,7 @@ def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict])
 
 
 def check_env(run_args, num_actions: int) -> None:
-    """Ends here if the run's environment does not suit."""
+    """Exits if the run's environment does not suit."""
     env = make_env(run_args)
     if not isinstance(env.unwrapped, MujocoEnv):
         stop(f"{run_args.env_id} is not an environment of MuJoCo: its state cannot be set")
@@ -169,7 +169,7 @@ def make_envs(run_args, number: int) -> list[gym.Env]:
 
 
 def load(networks: torch.nn.Module, file: Path) -> dict:
-    """Loads a step_N.pt, and returns it; ends here if it is not of these networks."""
+    """Loads a step_N.pt, and returns it; exits if it is not of these networks."""
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         networks.load_state_dict(weights)
@@ -206,7 +206,7 @@ def copy_state(source: gym.Env, targets: list[gym.Env]) -> None:
 
 
 def check_copy(source: gym.Env, target: gym.Env, spare: gym.Env, action: np.ndarray) -> None:
-    """Ends here if a copy does not step exactly as `source`, which stays where it is."""
+    """Exits if a copy does not step exactly as `source`, which stays where it is."""
     copy_state(source, [target, spare])
     obs, *rest, _ = source.step(action)
     copied_obs, *copied_rest, _ = target.step(action)

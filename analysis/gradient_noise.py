@@ -90,7 +90,7 @@ class Task:
         self.envs.set_goals(rng.choice(self.train_goals, args.meta_batch_size, replace=False))
         rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, self.envs, rng, args)
         post = maml_hyper.make_batch(rollouts[-1], args)
-        result = maml_hyper.update(policy, maml_hyper.Episodes(pre, steps, post), args)
+        result = maml_hyper.update(policy, maml_hyper.MetaBatch(pre, steps, post), args)
         if "kl" not in result:
             place = f"update {update} at iteration {iteration}"
             maml_hyper.stop(f"the gradient of {place} is not finite", code=1)

@@ -2,7 +2,6 @@
 
     python analysis/speed.py td3           # milliseconds of an update; also sac and pearl
     python analysis/speed.py maml          # seconds of an iteration, by phase
-    python analysis/speed.py cores         # two runs that share two cores (Linux)
 
 The arithmetics compared in a row take turns, and medians are printed. With --device cuda, "float32"
 has full precision, "TF32" is what the scripts use for --precision float32, and "graph" means
@@ -10,7 +9,6 @@ has full precision, "TF32" is what the scripts use for --precision float32, and 
 """
 
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -59,7 +57,7 @@ def print_head(rounds: int, device: str, title: str, *columns: str) -> None:
 
 
 def make_args(script, **options):
-    """The arguments of a run; ends here if one is out of range."""
+    """The arguments of a run; exits if one is out of range."""
     try:
         return script.Args(**options)
     except ValueError as error:
@@ -189,7 +187,7 @@ def maml(
         rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, envs, rng, args)
         maml_hyper.evaluate(policy, test_envs, args)
         post = maml_hyper.make_batch(rollouts[-1], args)
-        maml_hyper.update(policy, maml_hyper.Episodes(pre, steps, post), args)
+        maml_hyper.update(policy, maml_hyper.MetaBatch(pre, steps, post), args)
         return [*(seconds[phase] for phase in PHASES), time.perf_counter() - start]
 
     keep_freed_memory()
@@ -216,51 +214,7 @@ def maml(
         print_row(name, *np.median(times[name][1:], 0).tolist())
 
 
-def one_of_two_runs(seconds: float, primary_widths: Counts) -> None:
-    """Prints the mean milliseconds of an update of TD3, once a line on stdin says to start."""
-    tune("cpu", "float32")
-    updates = make_updates(td3_hyper, td3_hyper.Args(device="cpu", primary_widths=primary_widths))
-    for update in updates:
-        update()
-    print("ready", flush=True)
-    input()
-    start, number = time.perf_counter(), 0
-    while time.perf_counter() < start + seconds:
-        for update in updates:
-            update()
-        number += 2
-    print(1e3 * (time.perf_counter() - start) / number)
-
-
-VARIABLES = ({}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_NUM_THREADS": "1"})
-
-
-def cores(primary_widths: Counts = FULL_SIZE, rounds: int = 5) -> None:
-    """Milliseconds of an update of TD3 alone and of two at once, mean of --rounds seconds."""
-    two = sorted(os.sched_getaffinity(0))[:2]
-    # OpenMP reads its variables when torch is imported, here before speed.py sets one
-    code = f"import os; os.sched_setaffinity(0, {two}); import torch, speed; "
-    code += f"speed.one_of_two_runs({rounds}, {primary_widths})"
-    title = "Milliseconds of an update of td3_hyper.py, sa-hyper, batch 100, on two cores"
-    print_head(rounds, "cpu", title, "environment variable", "alone", "two at once", "")
-    unset = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
-    for variable in VARIABLES:
-        cells = []
-        for number in (1, 2):
-            start = partial(subprocess.Popen, [sys.executable, "-c", code], text=True)
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            options = {"cwd": Path(__file__).parent, "env": unset | variable, **pipes}
-            runs = [start(**options) for _ in range(number)]
-            for run in runs:
-                run.stdout.readline()
-            for run in runs:
-                run.stdin.write("\n")
-                run.stdin.flush()
-            cells += [float(run.communicate()[0]) for run in runs]
-        print_row(*(map("=".join, variable.items()) if variable else ["none"]), *cells)
-
-
 if __name__ == "__main__":
     commands = {"td3": partial(off_policy, td3_hyper), "sac": partial(off_policy, sac_hyper)}
-    commands |= {table.__name__: table for table in (pearl, maml, cores)}
+    commands |= {table.__name__: table for table in (pearl, maml)}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

@@ -52,8 +52,8 @@ def test_every_update_starts_from_the_stored_policy_with_episodes_of_its_own(run
     rng = np.random.default_rng([1, 4, 2])
     envs = MetaVectorEnv(args.env_id, rng.choice(train_goals, 3, replace=False), 2, 1, 8)
     rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, envs, rng, args)
-    episodes = maml_hyper.Episodes(pre, steps, maml_hyper.make_batch(rollouts[1], args))
-    kl = maml_hyper.update(policy, episodes, args)["kl"]
+    meta_batch = maml_hyper.MetaBatch(pre, steps, maml_hyper.make_batch(rollouts[1], args))
+    kl = maml_hyper.update(policy, meta_batch, args)["kl"]
     returns = maml_hyper.evaluate(policy, MetaVectorEnv(args.env_id, test_goals, 2, 1, 8), args)
     row = table.iloc[-1]
     assert row.pre_return == pytest.approx(returns["pre"].mean(), rel=1e-5)
@@ -81,4 +81,4 @@ def test_bad_use_ends_with_a_message(run_main):
     (run_dir / "step_0.pt").write_bytes(b"PK")
     assert_refused(run_main(SCRIPT, run_dir), "step_0.pt does not hold the networks")
     (run_dir / "config.json").write_text(json.dumps({"args": vars(td3_hyper.Args(device="cpu"))}))
-    assert_refused(run_main(SCRIPT, run_dir), "not hold the arguments of a run of maml_hyper.py")
+    assert_refused(run_main(SCRIPT, run_dir), "is missing, or not of a run of maml_hyper.py")

@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 from torch.nn.utils import parameters_to_vector
 
 import maml_hyper
-from maml_hyper import Args, Batch, Episodes, Gaussian, Policy, Rollout
+from maml_hyper import Args, Batch, Gaussian, MetaBatch, Policy, Rollout
 from meta_envs import MetaVectorEnv
 
 MODELS = ("vanilla", "context", "hyper")
@@ -52,7 +52,7 @@ def make_batches(num: int) -> list[Batch]:
     return batches
 
 
-def make_task(model: str, **changes) -> tuple[Args, Policy, torch.Tensor, Episodes, Gaussian]:
+def make_task(model: str, **changes) -> tuple[Args, Policy, torch.Tensor, MetaBatch, Gaussian]:
     """Arguments, policy, its θ, data of T tasks as if sampled by π_{θ_i}, and the π_{θ_i}."""
     args = make_args(model, **changes)
     policy = make_policy(args)
@@ -62,15 +62,15 @@ def make_task(model: str, **changes) -> tuple[Args, Policy, torch.Tensor, Episod
     for batch in pre:
         step = maml_hyper.inner_step(policy, parameters, steps, batch, args)
         steps.append({k: type(s)(*(x.detach() for x in s)) for k, s in step.items()})
-    episodes = Episodes(pre, steps, post)
+    meta_batch = MetaBatch(pre, steps, post)
     with torch.no_grad():
-        old = maml_hyper.adapted_outputs(policy, theta, episodes, args)
-    return args, policy, theta, episodes, old
+        old = maml_hyper.adapted_outputs(policy, theta, meta_batch, args)
+    return args, policy, theta, meta_batch, old
 
 
-def surrogate_and_kl(policy, theta, episodes, old, args) -> torch.Tensor:
-    new = maml_hyper.adapted_outputs(policy, theta, episodes, args)
-    return maml_hyper.surrogate_and_kl(new, old, episodes.post, args)
+def surrogate_and_kl(policy, theta, meta_batch, old, args) -> torch.Tensor:
+    new = maml_hyper.adapted_outputs(policy, theta, meta_batch, args)
+    return maml_hyper.surrogate_and_kl(new, old, meta_batch.post, args)
 
 
 @pytest.mark.parametrize("num_adapt_steps", [0, 2])
@@ -105,9 +105,9 @@ def test_first_order_cuts_the_inner_step_and_differs(model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_adapted_layers_act_as_a_copy_of_all_parameters_a_task_would(model, monkeypatch):
-    args, policy, _, episodes, adapted = make_task(model, num_adapt_steps=3, inner_lr=0.05)
+    args, policy, _, meta_batch, adapted = make_task(model, num_adapt_steps=3, inner_lr=0.05)
     monkeypatch.setattr(maml_hyper, "CHUNK", 1)
-    for i, task in enumerate(maml_hyper.split_tasks(episodes)):
+    for i, task in enumerate(maml_hyper.split_tasks(meta_batch)):
         copy = deepcopy(policy)
         optimizer = torch.optim.SGD(copy.parameters(), args.inner_lr, maximize=True)
         for batch in task.pre:
@@ -140,9 +140,9 @@ def test_an_update_fills_the_trust_region_however_the_tasks_are_split(model, mon
     results = []
     for chunk, num_chunks in ((1, T), (2 * N, 2), (100 * N, 1)):
         monkeypatch.setattr(maml_hyper, "CHUNK", chunk)
-        args, policy, _, episodes, _ = make_task(model, max_kl=0.01)
-        assert len(maml_hyper.split_tasks(episodes)) == num_chunks
-        result = maml_hyper.update(policy, episodes, args)
+        args, policy, _, meta_batch, _ = make_task(model, max_kl=0.01)
+        assert len(maml_hyper.split_tasks(meta_batch)) == num_chunks
+        result = maml_hyper.update(policy, meta_batch, args)
         results.append((parameters_to_vector(policy.parameters()).detach(), result))
     for theta, result in results[1:]:
         torch.testing.assert_close(theta, results[0][0], rtol=1e-6, atol=1e-8)
@@ -292,7 +292,7 @@ def test_vanilla_learns_to_adapt_and_context_and_hyper_need_no_adaptation(model)
     for _ in range(16):
         rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, envs, rng, args)
         post = maml_hyper.make_batch(rollouts[-1], args)
-        maml_hyper.update(policy, Episodes(pre, steps, post), args)
+        maml_hyper.update(policy, MetaBatch(pre, steps, post), args)
     rollouts, *_ = maml_hyper.adapt_and_sample(policy, envs, rng, args)
     returns = maml_hyper.mean_returns(rollouts)
     pre, post = (returns[phase].mean() / args.horizon for phase in ("pre", "post"))
@@ -306,7 +306,7 @@ def test_vanilla_learns_to_adapt_and_context_and_hyper_need_no_adaptation(model)
 def test_bfloat16_policies_have_the_surrogate_and_the_meta_gradient_of_float32(model):
     args = make_args(model, primary_widths=(32, 64), dynamic_width=32, num_adapt_steps=2)
     *pre, post = (Batch(*(x.float() for x in batch)) for batch in make_batches(3))
-    task, results = Episodes(pre, [], post), []
+    task, results = MetaBatch(pre, [], post), []
     for args.precision in ("float32", "bfloat16"):
         policy = make_policy(args, noise=0.02).float()
         theta = parameters_to_vector(policy.parameters()).detach()

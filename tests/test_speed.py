@@ -52,14 +52,6 @@ def test_the_phases_of_maml_are_nearly_the_whole_iteration(capsys, monkeypatch):
         assert sum(phases) <= whole + 0.04  # each is rounded to a hundredth
 
 
-def test_two_runs_on_two_cores(capsys, monkeypatch):
-    monkeypatch.setattr(speed, "VARIABLES", [{"OMP_NUM_THREADS": "1"}])  # the others are slow
-    speed.cores(primary_widths=(4, 8), rounds=1)
-    name, *numbers = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
-    assert name == "OMP_NUM_THREADS=1" and len(numbers) == 3
-    assert all(float(number.replace(",", "")) > 0 for number in numbers)
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

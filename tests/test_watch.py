@@ -117,7 +117,7 @@ def test_bad_use(run_main, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     for arguments, *words in (
-        (["nowhere"], "nowhere/config.json does not hold the arguments of a run"),
+        (["nowhere"], "nowhere/config.json is missing, or not of a run"),
         ([run_dir, "--step", 7], "no step_7.pt, only those of 0, 20, 40"),
         ([run_dir, "--goal", 1.0], "--goal is for runs of MAML and PEARL", "sac_hyper.py"),
         ([run_dir, "--adapt"], "--adapt is for runs of MAML with inner steps"),
