@@ -68,9 +68,9 @@ class Head(nn.Module):
         self.b = nn.Linear(latent_dim, fan_out)
         self.g = nn.Linear(latent_dim, fan_out)
 
-    def init_uniform(self, W: float, b_and_g: float) -> None:
-        """Weights uniform in ±W and ±b_and_g, biases zero."""
-        for linear, bound in ((self.W, W), (self.b, b_and_g), (self.g, b_and_g)):
+    def init_uniform(self, W_bound: float, bg_bound: float) -> None:
+        """Draws W's weights from ±W_bound and those of b and g from ±bg_bound; biases are 0."""
+        for linear, bound in ((self.W, W_bound), (self.b, bg_bound), (self.g, bg_bound)):
             nn.init.uniform_(linear.weight, -bound, bound)
             nn.init.zeros_(linear.bias)
 
@@ -84,18 +84,17 @@ class Head(nn.Module):
 class HyperNetwork(nn.Module):
     """Primary network, heads, and a dynamic network with one hidden layer (Sec. 2, Eq. 1).
 
-    `meta (B, meta_dim)` with `base (B, base_dim)` generates one set of weights per sample; `meta
-    (T, meta_dim)` with `base (T, N, base_dim)` one for each of T tasks, used for N samples of it.
+    meta (B, meta_dim), base (B, base_dim): one set of dynamic weights per sample.
+    meta (T, meta_dim), base (T, N, base_dim): one per task, shared by its N samples.
 
-    `init` says how the dynamic weights start (compared in results/):
-    - "released": heads uniform in ±0.05 (hidden layer) and ±0.008 (output layer), the constants of
-      the authors' code; the W of the two layers then have a std of about 0.04 and 0.007.
-    - "paper": W like Kaiming-uniform (Sec. 5.2), with a std of sqrt(2 / fan_in); b and g ten times
-      smaller. W has this std for any `meta_dim` and `primary_widths`, but only if the meta variable
-      is standard normal: on HalfCheetah's states W starts 2.1 times too wide.
-    - "bias": every meta variable starts with the same ordinary layer, W like PyTorch's Linear,
-      uniform in ±1 / sqrt(fan_in), b and g zero. W is the bias of its head, whose weights are zero
-      (Bias-HyperInit of Beck et al., 2022, Hypernetworks in Meta-Reinforcement Learning).
+    `init` is the initialisation of the dynamic weights (compared in results/):
+    - "released": the authors' constants, heads uniform in ±0.05 (hidden layer) and ±0.008 (output
+      layer). The two W then have a std of about 0.04 and 0.007.
+    - "paper": W like Kaiming-uniform (Sec. 5.2), with a std of sqrt(2 / fan_in) if the meta
+      variable is standard normal (on HalfCheetah's states 2.1 times that); b, g ten times smaller.
+    - "bias": the same ordinary layer for every meta variable. The heads' weights and b and g are 0;
+      W is its head's bias, uniform in ±1 / sqrt(fan_in) like PyTorch's Linear (Bias-HyperInit of
+      Beck et al., 2022, Hypernetworks in Meta-Reinforcement Learning).
     """
 
     def __init__(
@@ -162,12 +161,12 @@ class HyperCritic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, meta: str, **hyper):
         super().__init__()
-        self.meta = meta
-        dims = (obs_dim, action_dim) if meta == "obs" else (action_dim, obs_dim)
+        self.state_is_meta = meta == "obs"
+        dims = (obs_dim, action_dim) if self.state_is_meta else (action_dim, obs_dim)
         self.hyper = HyperNetwork(*dims, out_dim=1, **hyper)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        meta, base = (obs, action) if self.meta == "obs" else (action, obs)
+        meta, base = (obs, action) if self.state_is_meta else (action, obs)
         weights = self.hyper.generate(meta)  # w(s), or w(a) for AS-Hyper
         return self.hyper.dynamic(weights, base).squeeze(-1)
 
@@ -184,7 +183,7 @@ class ConcatCritic(nn.Module):
 
 
 class D2RL(nn.Module):
-    """Q-D2RL: four layers of 256, the input concatenated to that of every layer (released)."""
+    """Q-D2RL: four layers of 256, each of which also sees the network's input x (released)."""
 
     def __init__(self, input_dim: int):
         super().__init__()
@@ -202,8 +201,8 @@ class D2RL(nn.Module):
 class ResNetFeaturesCritic(nn.Module):
     """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1.
 
-    Sec. 5.2 calls what follows the features MLP-Standard, footnote 4 a single hidden layer of 256
-    neurons; the paper's explanation of the result rests on the footnote, so that is what is here.
+    Sec. 5.2 puts MLP-Standard on the features, footnote 4 a single hidden layer of 256. This is the
+    footnote's, on which the paper's explanation of the result rests.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, primary_widths: tuple[int, ...]):
@@ -267,7 +266,7 @@ def make_critic(
 def tune(device: str, precision: str) -> None:
     """Makes matrix products fast; the scripts call it once, before training.
 
-    CPU: float32 products go to oneDNN, because MKL is slow on AMD processors (results/speed.md).
+    CPU: float32 products go to oneDNN, because PyTorch's default, MKL, is slow on AMD processors.
     On processors with AMX the setting also rounds to bfloat16; this is detected and undone.
     CUDA: float32 products use TF32; the environment variable NVIDIA_TF32_OVERRIDE=0 switches that
     off. Warns if the device has no bfloat16 arithmetic.

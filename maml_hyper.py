@@ -4,8 +4,8 @@ With `--model hyper` a primary network turns the task's context c into the weigh
 dynamic network, π_{w(c)}(a|s): the context makes the policy, and the state alone is its input.
 `context` is an MLP on [s, c], `vanilla` one on s alone.
 
-An iteration samples episodes of each task with the weights θ, makes an inner step on them to θ_i
-(`inner_step`, Eq. 15), samples episodes with θ_i, and moves θ by a step of TRPO (`update`).
+An iteration samples episodes of each task with the weights θ, takes a gradient step on them to get
+θ_i (`inner_step`, Eq. 15), samples again with θ_i, and moves θ by a step of TRPO (`update`).
 
     python maml_hyper.py --env-id HalfCheetahFwdBack-v0 --model hyper
 
@@ -49,8 +49,6 @@ from meta_envs import FAMILIES, MetaVectorEnv, sample_goals
 
 @dataclass
 class Args:
-    """MAML with any of the three policies of the paper."""
-
     model: Literal["vanilla", "context", "hyper"] = "hyper"
     """policy: MLP on the state, MLP on state and context, or hypernetwork (paper, Sec. 4)"""
     primary_widths: tuple[int, ...] = (256, 512, 1024)
@@ -170,18 +168,23 @@ class Policy(nn.Module):
         with self.autocast(context):
             return (self.net.generate(context) if self.model == "hyper" else context), log_std
 
-    def dynamic(self, task, obs: Tensor) -> Tensor:
-        """The mean (T, N, action) at obs (T, N, obs); `task` is the first output of `generate`."""
+    def dynamic(self, generated, obs: Tensor) -> Tensor:
+        """The mean (T, N, action) at obs (T, N, obs), with the first output of `generate`."""
         with self.autocast(obs):
             if self.model == "hyper":
-                return self.net.dynamic(task, obs).to(obs.dtype)
+                return self.net.dynamic(generated, obs).to(obs.dtype)
             if self.model == "context":
-                obs = torch.cat([obs, task.unsqueeze(1).expand(-1, obs.shape[1], -1)], -1)
+                context = generated.unsqueeze(1).expand(-1, obs.shape[1], -1)
+                obs = torch.cat([obs, context], -1)
             return self.net(obs).to(obs.dtype)
 
     def forward(self, context: Tensor, obs: Tensor) -> Gaussian:
-        task, log_std = self.generate(context)
-        return Gaussian(self.dynamic(task, obs), log_std)
+        generated, log_std = self.generate(context)
+        return Gaussian(self.dynamic(generated, obs), log_std)
+
+
+# A copy of all weights for each task would be too large. So only the inner steps θ_i - θ are kept,
+# and each layer adds to its output what they contribute (`adapted`).
 
 
 class WeightStep(NamedTuple):
@@ -198,16 +201,16 @@ class WeightStep(NamedTuple):
 class RankOneStep(NamedTuple):
     """The inner step of a layer that sees one context of each task, as a hypernetwork's layers do.
 
-    The gradient of its weights is the outer product of its input in inner step k, x_k, and of δ,
-    the gradient of its output. So x_k and -η δ are enough, and T copies of the weights never made.
+    The gradient of its weights is the outer product of its input x_k in inner step k and of δ, the
+    gradient of its output, so that x_k and -η δ are enough.
     """
 
     x: Tensor  # (T, in), x_k
-    step: Tensor  # (T, out), -η δ
+    y_step: Tensor  # (T, out), -η δ
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Adds -η δ (x_k · x + 1) to the output y (T, out) at x (T, in); the 1 is the bias's."""
-        return y + ((x * self.x).sum(-1, keepdim=True) + 1) * self.step
+        return y + ((x * self.x).sum(-1, keepdim=True) + 1) * self.y_step
 
 
 Step = dict[nn.Linear, WeightStep | RankOneStep]
@@ -215,7 +218,7 @@ Step = dict[nn.Linear, WeightStep | RankOneStep]
 
 @contextlib.contextmanager
 def adapted(policy: Policy, steps: list[Step]) -> Iterator[dict[nn.Linear, tuple[Tensor, Tensor]]]:
-    """Inside, each layer adds the steps of task i to its output, as if its weights were θ_i.
+    """Inside, each layer's output for task i is as if its weights were θ_i.
 
     θ itself stays as it is. Yields the last input and output (x, y) of each layer.
     """
@@ -247,7 +250,7 @@ class Batch(NamedTuple):
     obs: Tensor  # (T, N, obs)
     action: Tensor  # (T, N, action)
     advantage: Tensor  # (T, N), mean 0 and variance 1 over each task
-    weight: Tensor  # (T, N), sums to 1 over each task; 0 after an episode's early end
+    sample_weight: Tensor  # (T, N), sums to 1 over each task; 0 after an episode's early end
 
 
 def inner_step(
@@ -259,7 +262,7 @@ def inner_step(
     """
     with adapted(policy, steps) as seen, torch.enable_grad():
         gaussian = functional_call(policy, parameters, (batch.context, batch.obs))
-        loss = -(batch.weight * batch.advantage * gaussian.log_prob(batch.action)).sum()
+        loss = -(batch.sample_weight * batch.advantage * gaussian.log_prob(batch.action)).sum()
     second_order = any(parameter.requires_grad for parameter in parameters.values())
     deltas = torch.autograd.grad(loss, [y for _, y in seen.values()], create_graph=second_order)
     step = {}
@@ -285,7 +288,7 @@ CHUNK = 80_000  # samples that go through a policy at once, which bounds the mem
 
 def split_tasks(meta_batch: MetaBatch) -> list[MetaBatch]:
     """The tasks in chunks of at most `CHUNK` samples, or of one task."""
-    T, N = meta_batch.post.weight.shape
+    T, N = meta_batch.post.sample_weight.shape
     size = max(1, CHUNK // N)
     slices = [slice(i, i + size) for i in range(0, T, size)]
     return [tree_map(lambda x, tasks=tasks: x[tasks], meta_batch) for tasks in slices]
@@ -310,7 +313,7 @@ def adapted_outputs(policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args)
 
 def surrogate_and_kl(new: Gaussian, old: Gaussian, post: Batch, args: Args) -> Tensor:
     """A chunk's part of the mean of Â π_new / π_old and of KL(π_old ‖ π_new): (2,)"""
-    weight = 1 / args.meta_batch_size * post.weight
+    weight = 1 / args.meta_batch_size * post.sample_weight
     ratio = (new.log_prob(post.action) - old.log_prob(post.action)).exp()
     variance, old_variance = (2 * new.log_std).exp(), (2 * old.log_std).exp()
     kl = (old_variance + (old.mean - new.mean).square()) / (2 * variance) - 0.5
@@ -343,7 +346,7 @@ def fisher_product(
         outputs, (d_mean, d_log_std) = zip(*map(fwAD.unpack_dual, duals))
     outputs = Gaussian(*outputs)
     share, variance = 1 / args.meta_batch_size, (2 * outputs.log_std.detach()).exp()
-    weight = share * chunk.post.weight.unsqueeze(-1)
+    weight = share * chunk.post.sample_weight.unsqueeze(-1)
     F_J_v = (weight * d_mean.detach() / variance, 2 * share * d_log_std.detach())
     return torch.autograd.grad(outputs, leaf, F_J_v)[0]
 
@@ -464,10 +467,10 @@ def sample(
     obs, _ = envs.reset(seed=int(rng.integers(2**31)))
     done = np.zeros(T * E, dtype=bool)
     with adapted(policy, steps):
-        task, log_std = policy.generate(context)
+        generated, log_std = policy.generate(context)
         for t in range(H):
             all_obs[t], alive[t] = obs.reshape(T, E, -1), ~done.reshape(T, E)
-            mean = policy.dynamic(task, torch.from_numpy(all_obs[t]).to(args.device))
+            mean = policy.dynamic(generated, torch.from_numpy(all_obs[t]).to(args.device))
             noise = rng.standard_normal((T, E, action_dim), dtype=np.float32)
             action = (mean + log_std.exp() * torch.from_numpy(noise).to(args.device)).cpu().numpy()
             if not np.isfinite(action).all():

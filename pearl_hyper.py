@@ -43,8 +43,6 @@ from meta_envs import FAMILIES, MetaVectorEnv, sample_goals
 
 @dataclass
 class Args:
-    """PEARL with hypernetworks. The defaults are those of the paper's run."""
-
     model: Literal["mlp", "hyper"] = "hyper"
     """policy and critics: MLPs with three layers of 300, or hypernetworks (paper, Sec. 4)"""
     context: Literal["learned", "oracle"] = "learned"
@@ -321,8 +319,8 @@ def v_and_policy_loss(
     """mean (V(s, z) - y)² with y = min_i Q_i(s, a, z) - log π(a|s, z), and mean -y for a ~ π, with
     the mean squares of the policy's mean and log_std. noise: (T, N, action)
 
-    z is a constant here. Q is frozen before its forward pass: nothing of its primary networks is
-    stored for the backward pass.
+    z is a constant here. Q is frozen before its forward pass, so that autograd does not record its
+    primary networks.
     """
     obs, z = batch.obs, z.detach()
     mean, log_std = agent.policy.dynamic(agent.policy.generate(z), obs)

@@ -44,8 +44,6 @@ from hypernet import CRITICS, CudaGraph, make_critic, tune
 
 @dataclass
 class Args:
-    """SAC with any of the eight critics of the paper."""
-
     critic: Literal[CRITICS] = "sa-hyper"
     """Q-network (paper, Sec. 5.2)"""
     primary_widths: tuple[int, ...] = (256, 512, 1024)
@@ -190,8 +188,8 @@ def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[T
     """mean (α log π(a|s) - min_i Q_i(s, a)) with a = μ(ε|s), Eq. 5, and the detached log π(a|s).
 
     With sa-hyper, w(s) does not depend on the action, so the gradient flows through the dynamic
-    network alone (Fig. 2c). The critics are frozen before their forward pass, which therefore keeps
-    nothing of their primary networks for the backward pass.
+    network alone (Fig. 2c). The critics are frozen before their forward pass, so that autograd does
+    not record their primary networks.
     """
     obs = batch[0]
     action, log_prob = agent.actor.sample(obs, noise)
@@ -335,7 +333,7 @@ def train(args: Args) -> None:
     done = True
 
     while True:
-        # Begin an episode; a checkpoint before it needs no state of the simulator
+        # Between two episodes there is no state of the simulator to save, so checkpoint here
         if done:
             run.save_checkpoint(global_step)
             obs, _ = env.reset(seed=int(rng.integers(2**31)))

@@ -42,8 +42,6 @@ from hypernet import CRITICS, CudaGraph, make_critic, tune
 
 @dataclass
 class Args:
-    """TD3 with any of the eight critics of the paper."""
-
     critic: Literal[CRITICS] = "sa-hyper"
     """Q-network (paper, Sec. 5.2)"""
     primary_widths: tuple[int, ...] = (256, 512, 1024)
@@ -173,8 +171,8 @@ def actor_loss(agent: Agent, batch: Batch, args: Args) -> Tensor:
     """-mean Q_1(s, π(s)), Eq. 5.
 
     With sa-hyper, w(s) does not depend on the action, so the gradient flows through the dynamic
-    network alone (Fig. 2c). The critic is frozen before its forward pass, which therefore keeps
-    nothing of the primary network for the backward pass.
+    network alone (Fig. 2c). The critic is frozen before its forward pass, so that autograd does
+    not record its primary network.
     """
     obs = batch[0]
     critic = agent.critics[0].requires_grad_(False)
@@ -192,11 +190,11 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def update(
-    agent: Agent, optimizers: dict, batch: Batch, noise: Tensor, args: Args, delayed: bool
+    agent: Agent, optimizers: dict, batch: Batch, noise: Tensor, args: Args, update_actor: bool
 ) -> dict[str, Tensor]:
-    """Updates the critics and, if `delayed`, the actor and the targets. Returns the losses."""
+    """Updates the critics and, with `update_actor`, actor and targets too. Returns the losses."""
     losses = {"critic_loss": descend(critic_loss(agent, batch, noise, args), optimizers["critic"])}
-    if delayed:
+    if update_actor:
         losses["actor_loss"] = descend(actor_loss(agent, batch, args), optimizers["actor"])
         with torch.no_grad():
             torch._foreach_lerp_(agent.targets, agent.online, args.tau)  # θ' <- θ' + τ (θ - θ')
@@ -290,7 +288,8 @@ def train(args: Args) -> None:
         "critic": adam(agent.critics.parameters(), args.critic_lr),
         "actor": adam(agent.actor.parameters(), args.actor_lr),
     }
-    learn = [functools.partial(update, agent, optimizers, args=args, delayed=d) for d in (0, 1)]
+    learn = functools.partial(update, agent, optimizers, args=args)
+    learn = [functools.partial(learn, update_actor=flag) for flag in (False, True)]
     if args.cuda_graph:
         learn = [CudaGraph(function) for function in learn]
     buffer = ReplayBuffer(obs_dim, action_dim, args.buffer_size, args.device)
@@ -298,7 +297,7 @@ def train(args: Args) -> None:
     done = True
 
     while True:
-        # Begin an episode; a checkpoint before it needs no state of the simulator
+        # Between two episodes there is no state of the simulator to save, so checkpoint here
         if done:
             run.save_checkpoint(global_step)
             obs, _ = env.reset(seed=int(rng.integers(2**31)))
@@ -331,8 +330,8 @@ def train(args: Args) -> None:
         if global_step >= args.learning_starts:
             batch = buffer.sample(args.batch_size, rng)
             noise = torch.from_numpy(rng.standard_normal(batch[1].shape, dtype=np.float32))
-            delayed = (global_step + 1) % args.policy_frequency == 0
-            losses = learn[delayed](batch, noise.to(args.device))
+            update_actor = (global_step + 1) % args.policy_frequency == 0
+            losses = learn[update_actor](batch, noise.to(args.device))
             losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # one host sync
             run.check_finite(global_step, **losses)
             if done:

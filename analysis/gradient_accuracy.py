@@ -66,8 +66,6 @@ COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "norm_true", "norm
 
 @dataclass
 class Args:
-    """How good the critics' action gradients are, in runs of td3_hyper.py or sac_hyper.py."""
-
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run directories, or folders of them"""
     out: Path = Path("plots")

@@ -41,8 +41,6 @@ COLUMNS = [*KEY, "pre_return", "post_return", "kl", "exp_name"]  # a table has o
 
 @dataclass
 class Args:
-    """How noisy the meta-updates of MAML are, in runs of maml_hyper.py."""
-
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run directories, or folders of them"""
     out: Path = Path("plots")

@@ -55,8 +55,6 @@ ORDERS = {"model": [*COLOURS], "split": ["", "train", "test"], "phase": ["", "pr
 
 @dataclass
 class Args:
-    """Learning curves, normalised scores and the train/test pair, as pictures and tables."""
-
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run directories, or folders of them"""
     out: Path = Path("plots")
@@ -108,9 +106,14 @@ def read(folders: tuple[Path, ...]) -> pd.DataFrame:
             table = read_run(file)
         except (ValueError, OSError) as error:
             stop(f"{file}: {error}")
+        if table.empty:
+            note(f"not evaluated yet: {'/'.join(run)}")
+            continue
         tables.append(table.assign(**dict(zip(RUN, run))))
         if not (file.parent / "summary.json").exists():
             note(f"unfinished: {'/'.join(run)}, evaluated up to {table.time.max()}")
+    if not tables:
+        stop("no run in there has been evaluated yet")
     runs = pd.concat(tables, ignore_index=True)
     for column, order in ORDERS.items():
         order = [*order, *sorted(set(runs[column]) - set(order))]
@@ -157,8 +160,9 @@ def normalise(runs: pd.DataFrame) -> pd.DataFrame:
         first, steps = means["return"].head(1).mean(), means.step.max()
         final = means["return"][in_last_tenth(means.index, means.index.max())].mean()
         if not final > first:
-            note(f"{exp_name}/{env_id}: no {baseline} that learned, no normalised scores")
             first = np.nan
+            if len(curve):
+                note(f"{exp_name}/{env_id}: {baseline} did not learn, no normalised scores")
         rows.append((exp_name, env_id, first, final, steps))
     scale = pd.DataFrame(rows, columns=[*ENV, "first", "final", "steps"])
     runs = runs.merge(scale, how="left", on=ENV)
@@ -251,6 +255,7 @@ def save(table: pd.DataFrame, file: Path) -> None:
     table.to_csv(file, index=False, float_format="%.6g")
     if "gain_percent" in table:
         table = table.drop(columns=[name for name in table if name.endswith(("_low", "_high"))])
+        table = table.dropna(axis="columns", how="all")  # scores, where there is no baseline
         print(table.round(2).to_string(index=False, na_rep=""))
 
 

@@ -97,7 +97,7 @@ def make_updates(script, args) -> list[Callable[[], dict]]:
             parts["alpha"], noise = [agent.log_alpha], randn(2, *shape, action_dim)
         adam = partial(torch.optim.Adam, lr=1e-4, fused=True, capturable=args.cuda_graph)
         optimizers, inputs = {name: adam(p) for name, p in parts.items()}, (batch, noise)
-    kinds = [{"delayed": False}, {"delayed": True}] if script is td3_hyper else [{}]
+    kinds = [{"update_actor": False}, {"update_actor": True}] if script is td3_hyper else [{}]
     updates = [partial(script.update, agent, optimizers, args=args, **kind) for kind in kinds]
     updates = [CudaGraph(update) for update in updates] if args.cuda_graph else updates
     return [partial(update, *inputs) for update in updates]

@@ -5,9 +5,9 @@
     python analysis/watch.py RUN_DIR --goal 1.5 --human     # a window; meta-RL: another task
 
 Actions are deterministic. TD3 and SAC start as in their evaluation, so that the returns are those
-of eval.csv. MAML's policy plays without adaptation, or with --adapt after the run's inner steps.
-PEARL plays as in its evaluation: before each episode, two trajectories with z from the prior gather
-the context of the z that is watched; the oracle's z is the goal.
+of eval.csv (on the same device). MAML's policy plays without adaptation, or with --adapt after the
+run's inner steps. PEARL plays as in its evaluation: before each episode, two trajectories with z
+from the prior gather the context of the z that is watched; the oracle's z is the goal.
 """
 
 import math
@@ -43,8 +43,6 @@ META = (maml_hyper, pearl_hyper)
 
 @dataclass
 class Args:
-    """Plays episodes with the networks of a run."""
-
     run_dir: tyro.conf.Positional[Path]
     """the directory with the run's config.json"""
     step: int | None = None

@@ -42,7 +42,7 @@ def test_a_cuda_graph_makes_the_same_updates_bit_for_bit(script, critic, precisi
     results = []
     for wrap in (lambda function: function, CudaGraph):
         args, agent, adam, batches = prepare(script, critic=critic, precision=precision)
-        kinds = [{"delayed": False}, {"delayed": True}] if script is td3_hyper else [{}]
+        kinds = [{"update_actor": False}, {"update_actor": True}] if script is td3_hyper else [{}]
         learn = [wrap(partial(script.update, agent, adam, args=args, **kind)) for kind in kinds]
         losses = [
             {name: loss.item() for name, loss in learn[i % len(learn)](*batch).items()}

@@ -99,7 +99,7 @@ def test_first_order_cuts_the_inner_step_and_differs(model):
     theta_i, post = theta.clone().requires_grad_(), task.post
     with maml_hyper.adapted(policy, task.steps):
         adapted = functional_call(policy, maml_hyper.by_name(policy, theta_i), post[:2])
-    (post.weight * post.advantage * adapted.log_prob(post.action)).sum().div(T).backward()
+    (post.sample_weight * post.advantage * adapted.log_prob(post.action)).sum().div(T).backward()
     torch.testing.assert_close(theta_i.grad, first_order, rtol=1e-9, atol=1e-9)
 
 
@@ -114,7 +114,7 @@ def test_adapted_layers_act_as_a_copy_of_all_parameters_a_task_would(model, monk
             mean, log_std = copy(batch.context, batch.obs)
             log_prob = Independent(Normal(mean, log_std.exp()), 1).log_prob(batch.action)
             optimizer.zero_grad()
-            (batch.weight * batch.advantage * log_prob).sum().backward()
+            (batch.sample_weight * batch.advantage * log_prob).sum().backward()
             optimizer.step()
         own = copy(task.post.context, task.post.obs)
         torch.testing.assert_close([x[i : i + 1] for x in adapted], [*own], rtol=1e-9, atol=1e-9)
@@ -159,8 +159,8 @@ def test_surrogate_and_kl_are_those_of_torch_distributions():
     value, kl = maml_hyper.surrogate_and_kl(new, old, post, args)
     old, new = (Independent(Normal(m, s.exp().expand_as(m)), 1) for m, s in (old, new))
     ratio = (new.log_prob(post.action) - old.log_prob(post.action)).exp()
-    torch.testing.assert_close(value, (post.weight * post.advantage * ratio).sum() / T)
-    torch.testing.assert_close(kl, (post.weight * kl_divergence(old, new)).sum() / T)
+    torch.testing.assert_close(value, (post.sample_weight * post.advantage * ratio).sum() / T)
+    torch.testing.assert_close(kl, (post.sample_weight * kl_divergence(old, new)).sum() / T)
 
 
 def test_conjugate_gradient_solves_a_known_system():
@@ -204,7 +204,9 @@ def test_baseline_and_advantages_equal_a_plain_loop_with_early_ends(gamma, lam):
     reward = alive * rng.standard_normal(alive.shape)
     args = make_args("vanilla", gamma=gamma, gae_lambda=lam)
     batch = maml_hyper.make_batch(Rollout(torch.zeros(tasks, 1), obs, action, reward, alive), args)
-    advantage, weight = (x.view(alive.shape).numpy() for x in (batch.advantage, batch.weight))
+    advantage, weight = (
+        x.view(alive.shape).numpy() for x in (batch.advantage, batch.sample_weight)
+    )
     for i in range(tasks):
         expected = plain_advantages(obs[i], reward[i], lengths[i], gamma, lam)
         np.testing.assert_allclose(advantage[i][alive[i]], expected, rtol=1e-6, atol=1e-6)

@@ -117,12 +117,12 @@ def test_an_update_moves_everything_and_the_targets_by_tau_unless_td3_delays_the
     agent, args = make_agent(script, "sa-hyper", tau=0.1)
     (batch, noise), before, optimizers = make_batch(), copy.deepcopy(agent), make_optimizers(agent)
     if script is td3:
-        losses = td3.update(agent, optimizers, batch, noise[0], args, delayed=False)
+        losses = td3.update(agent, optimizers, batch, noise[0], args, update_actor=False)
         pairs = zip(agent.named_parameters(), before.parameters())
         changed = {name.split(".")[0] for (name, p), old in pairs if not torch.equal(p, old)}
         assert set(losses) == {"critic_loss"} and changed == {"critics"}
         before = copy.deepcopy(agent)
-        losses = td3.update(agent, optimizers, batch, noise[0], args, delayed=True)
+        losses = td3.update(agent, optimizers, batch, noise[0], args, update_actor=True)
         assert set(losses) == {"critic_loss", "actor_loss"}
     else:
         losses = sac.update(agent, optimizers, batch, noise, args)
