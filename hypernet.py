@@ -263,6 +263,10 @@ def make_critic(
     raise ValueError(f"unknown critic {name!r}, choose from {', '.join(CRITICS)}")
 
 
+# --------------------------------------------------------------------------------------------------
+# The networks end here. What follows only makes training faster.
+
+
 def tune(device: str, precision: str) -> None:
     """Makes matrix products fast; the scripts call it once, before training.
 
