@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 from zipfile import ZipFile
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # lets two runs share cores (results/speed.md)
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # lets two runs share cores (results/speed.md)
 
 import filelock
 import numpy as np

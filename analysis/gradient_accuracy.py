@@ -36,7 +36,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # lets two processes share cores
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # lets two processes share cores
 
 import gymnasium as gym
 import mujoco

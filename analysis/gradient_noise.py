@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # lets two processes share cores
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # lets two processes share cores
 
 import numpy as np
 import pandas as pd

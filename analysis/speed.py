@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 from unittest.mock import patch
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the scripts do
 
 import numpy as np
 import torch

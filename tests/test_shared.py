@@ -29,7 +29,7 @@ def test_a_script_is_the_method_first_and_then_the_machinery(script):
     shared = ["stop", "check_args", "write", "Run"]
     assert [name for name in names if name][-5:] == ["train", *shared]
     assert names.index("Args") < names.index("Policy" if "Policy" in names else "Actor")
-    assert text.index('os.environ.setdefault("GOMP_SPINCOUNT", "1000")') < text.index(
+    assert text.index('os.environ.setdefault("GOMP_SPINCOUNT", "3000")') < text.index(
         "import torch"
     )
     first_network = text[: text.index("(nn.Module):")].count("\n") + 1
