@@ -109,7 +109,8 @@ class Args:
             self.critic_lr = 5e-5 if self.critic in ("sa-hyper", "as-hyper") else 3e-4
         check_args(self, ("seed", "save_every", "learning_starts"), shares=("gamma", "tau"))
         if self.learning_starts >= self.total_timesteps:
-            raise ValueError("--learning-starts must be below --total-timesteps")
+            starts, total = self.learning_starts, self.total_timesteps
+            raise ValueError(f"--learning-starts {starts} must be below --total-timesteps {total}")
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError("--cuda-graph needs --device cuda")
 
@@ -238,6 +239,8 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     gym.logger.min_level = gym.logger.ERROR  # Gymnasium would warn that v4 is not the newest
     try:
         env = gym.make(args.env_id, **args.env_kwargs, **kwargs)
+        if env.spec.id != args.env_id.split(":")[-1]:
+            raise ValueError(f"give the version, the newest is {env.spec.id}")
         obs, action = env.observation_space, env.action_space
         flat = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in (obs, action))
         if not flat or not action.is_bounded():

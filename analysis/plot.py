@@ -278,6 +278,7 @@ def main(args: Args) -> None:
     summary = summarise(scores)
     if len(summary):
         save(summary, args.out / "summary.csv")
+    print(f"tables and pictures are in {args.out}")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def main(args: Args) -> None:
             env.render().shape  # noqa: B018, fails if there is no picture
     except Exception as error:  # of many kinds, from several libraries
         sys.unraisablehook = lambda _: None  # Gymnasium's viewer fails again when it is deleted
-        hint = "MuJoCo needs OpenGL: on Debian, apt-get install libegl1 libgl1-mesa-dri"
+        hint = "for MuJoCo, on Debian: apt-get install libegl1 libgl1-mesa-dri"
         stop(f"{run_args.env_id} cannot be drawn: {error or type(error).__name__} ({hint})")
 
     dims = env.observation_space.shape[0], env.action_space.shape[0]

@@ -99,6 +99,7 @@ def test_actions_never_leave_the_bounds_of_the_environment():
     "args, words",
     [
         ("Hoper-v4", ["--env-id Hoper-v4", "Did you mean: `Hopper`"]),
+        ("Hopper", ["give the version, the newest is Hopper-v5"]),
         ("no_such_module:Env-v0", ["no_such_module"]),
         ("CartPole-v1", ["needs flat observations and flat, bounded actions", "Discrete(2)"]),
         ("toy_envs:Image-v0", ["Box(0, 255, (8, 8, 3)"]),
