@@ -270,7 +270,7 @@ def make_critic(
 def tune(device: str, precision: str) -> None:
     """Makes matrix products fast; the scripts call it once, before training.
 
-    CPU: float32 products go to oneDNN, because PyTorch's default, MKL, is slow on AMD processors.
+    CPU: float32 products go to oneDNN in place of MKL, PyTorch's default (results/speed.md).
     On processors with AMX the setting also rounds to bfloat16; this is detected and undone.
     CUDA: float32 products use TF32; the environment variable NVIDIA_TF32_OVERRIDE=0 switches that
     off. Warns if the device has no bfloat16 arithmetic.
