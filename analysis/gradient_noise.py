@@ -145,7 +145,7 @@ def main(args: Args) -> None:
                 rows.append(dict(zip(KEY, key)) | new | {"exp_name": exp_name})
                 save_table(file, COLUMNS, KEY, rows)
             new = [row["post_return"] for row in rows if tuple(row[n] for n in KEY) in keys]
-            print(f"iteration {iteration}: after adaptation {np.mean(new):.1f} ± {np.std(new):.1f}")
+            print(f"iteration {iteration}: test returns {np.mean(new):.1f} ± {np.std(new):.1f}")
             sys.stdout.flush()
     for env_id, table in pd.DataFrame(rows).groupby("env_id"):
         plot(env_id, table, args.out / f"gradient_noise_{env_id}.png")
