@@ -204,6 +204,13 @@ def test_replay_buffer_keeps_the_newest_and_survives_its_state_dict():
     assert torch.equal(buffer.data, again.data)
 
 
+@SCRIPTS
+def test_random_steps_are_those_of_td3s_paper_unless_given(script):
+    for env, steps in {"HalfCheetah-v4": 10_000, "Ant-v5": 10_000, "Hopper-v4": 1_000}.items():
+        assert script.Args(env_id=env, device="cpu").learning_starts == steps
+        assert script.Args(env_id=env, device="cpu", learning_starts=0).learning_starts == 0
+
+
 def test_evaluation_is_the_same_every_time_and_deterministic():
     args = td3.Args(env_id="InvertedPendulum-v4", eval_episodes=3, seed=1, device="cpu")
     torch.manual_seed(5)
