@@ -146,7 +146,7 @@ class HyperNetwork(nn.Module):
             g, b = g.unsqueeze(-2), b.unsqueeze(-2)
             if per_sample:
                 x = (1 + g) * (x @ W) + b
-            else:  # the same; the gain on W is cheaper where many samples share it
+            else:  # equal, and scaling W is cheaper where many samples share it
                 x = torch.baddbmm(b, x, (1 + g) * W)
             if layer < len(weights) - 1:
                 x = F.relu(x)
@@ -201,8 +201,8 @@ class D2RL(nn.Module):
 class ResNetFeaturesCritic(nn.Module):
     """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1.
 
-    Sec. 5.2 puts MLP-Standard on the features, footnote 4 a single hidden layer of 256. This is the
-    footnote's, on which the paper's explanation of the result rests.
+    Sec. 5.2 puts MLP-Standard on the features, footnote 4 a single hidden layer of 256. This
+    follows the footnote, on which the paper's explanation of the result rests.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, primary_widths: tuple[int, ...]):
@@ -292,7 +292,7 @@ class CudaGraph:
     """`function` as one CUDA graph, which is recorded at the fourth call and replayed from then on.
 
     The first three calls run as they are, so that the optimizers have their state. Inputs are
-    tensors, or tuples of them, whose shapes stay; the next call overwrites what a call returns.
+    tensors, or tuples of them, of fixed shapes; the next call overwrites what a call returns.
     """
 
     def __init__(self, function: Callable):

@@ -640,9 +640,9 @@ def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None
             raise ValueError(f"{flag} needs at least one number")
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
-                least = 1 if type(number) is int and name not in may_be_0 else 0
-                if not least <= number < 2**62:
-                    raise ValueError(f"{flag} {number}: must be at least {least}, and finite")
+                minimum = 1 if type(number) is int and name not in may_be_0 else 0
+                if not minimum <= number < 2**62:
+                    raise ValueError(f"{flag} {number}: must be at least {minimum}, and finite")
                 if name in shares and number > 1:
                     raise ValueError(f"{flag} {number}: must be at most 1")
     try:
@@ -655,18 +655,18 @@ def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None
 
 def write(file: Path, content: str | dict) -> None:
     """Replaces a file (text or `torch.save`); a crash or a full disk leaves the old one whole."""
-    aside = file.with_name(file.name + ".tmp")
+    tmp = file.with_name(file.name + ".tmp")
     try:
-        with open(aside, "wb") as stream:
+        with open(tmp, "wb") as stream:
             if isinstance(content, str):
                 stream.write(content.encode())
             else:
                 torch.save(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(aside, file)
+        os.replace(tmp, file)
     except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
         stop(f"cannot write {file}: {error.__context__ or error}", code=1)
 
 
@@ -741,7 +741,7 @@ class Run:
         return step
 
     def load_checkpoint(self) -> dict | None:
-        """The newest intact checkpoint; None if the run is new; exits if it has lost them."""
+        """The newest intact checkpoint; None if the run is new; exits if none is intact."""
         files = [self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"]
         for file in filter(Path.exists, files):
             try:

@@ -84,7 +84,7 @@ class Args:
     total_timesteps: int = 1_000_000
     """environment steps of the whole run; a larger number extends a run (released)"""
     eval_every: int = 5_000
-    """environment steps between two evaluations; the end is evaluated, too (released)"""
+    """environment steps between two evaluations; the last step is evaluated, too (released)"""
     eval_episodes: int = 10
     """episodes in an evaluation, with the deterministic policy (released)"""
     checkpoint_every: int = 5_000
@@ -215,7 +215,7 @@ class ReplayBuffer:
         return min(self.added, len(self.data))
 
     def add(self, obs, action, reward: float, next_obs, terminated: bool) -> None:
-        """Stores a transition; `next_obs` is what `action` led to, also where the episode ends."""
+        """Stores a transition; `next_obs` is the true next state, even where the episode ends."""
         row = np.concatenate((obs, action, (reward,), next_obs, (terminated,)), dtype=np.float32)
         self.data[self.added % len(self.data)] = torch.from_numpy(row)
         self.added += 1
@@ -367,9 +367,9 @@ def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None
             raise ValueError(f"{flag} needs at least one number")
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
-                least = 1 if type(number) is int and name not in may_be_0 else 0
-                if not least <= number < 2**62:
-                    raise ValueError(f"{flag} {number}: must be at least {least}, and finite")
+                minimum = 1 if type(number) is int and name not in may_be_0 else 0
+                if not minimum <= number < 2**62:
+                    raise ValueError(f"{flag} {number}: must be at least {minimum}, and finite")
                 if name in shares and number > 1:
                     raise ValueError(f"{flag} {number}: must be at most 1")
     try:
@@ -382,18 +382,18 @@ def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None
 
 def write(file: Path, content: str | dict) -> None:
     """Replaces a file (text or `torch.save`); a crash or a full disk leaves the old one whole."""
-    aside = file.with_name(file.name + ".tmp")
+    tmp = file.with_name(file.name + ".tmp")
     try:
-        with open(aside, "wb") as stream:
+        with open(tmp, "wb") as stream:
             if isinstance(content, str):
                 stream.write(content.encode())
             else:
                 torch.save(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(aside, file)
+        os.replace(tmp, file)
     except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
         stop(f"cannot write {file}: {error.__context__ or error}", code=1)
 
 
@@ -468,7 +468,7 @@ class Run:
         return step
 
     def load_checkpoint(self) -> dict | None:
-        """The newest intact checkpoint; None if the run is new; exits if it has lost them."""
+        """The newest intact checkpoint; None if the run is new; exits if none is intact."""
         files = [self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"]
         for file in filter(Path.exists, files):
             try:
