@@ -58,6 +58,8 @@ def make_primary(meta_dim: int, widths: tuple[int, ...] = (256, 512, 1024)) -> n
 class Head(nn.Module):
     """One dynamic layer's weights as linear functions of the latent (Fig. 1).
 
+    self.W is not W but the linear layer that generates it; so are self.b and self.g.
+
     latent (..., latent_dim) -> W (..., fan_in, fan_out), b (..., fan_out), g (..., fan_out)
     """
 
@@ -90,11 +92,12 @@ class HyperNetwork(nn.Module):
     `init` is the initialisation of the dynamic weights (compared in results/):
     - "released": the authors' constants, heads uniform in ±0.05 (hidden layer) and ±0.008 (output
       layer). The two W then have a std of about 0.04 and 0.007.
-    - "paper": W like Kaiming-uniform (Sec. 5.2), with a std of sqrt(2 / fan_in) if the meta
-      variable is standard normal (on HalfCheetah's states 2.1 times that); b, g ten times smaller.
-    - "bias": the same ordinary layer for every meta variable. The heads' weights and b and g are 0;
-      W is its head's bias, uniform in ±1 / sqrt(fan_in) like PyTorch's Linear (Bias-HyperInit of
-      Beck et al., 2022, Hypernetworks in Meta-Reinforcement Learning).
+    - "paper": W has the std of Kaiming-uniform, sqrt(2 / fan_in) (Sec. 5.2), if the meta variable
+      is standard normal; HalfCheetah's states make it 2.1 times as large. The heads of b and g have
+      a tenth of the bound of W's.
+    - "bias": each head outputs its own bias alone, so that every meta variable starts with the same
+      ordinary layer: W uniform in ±1 / sqrt(fan_in) like PyTorch's Linear, b = g = 0
+      (Bias-HyperInit of Beck et al., 2022, Hypernetworks in Meta-Reinforcement Learning).
     """
 
     def __init__(
@@ -116,9 +119,9 @@ class HyperNetwork(nn.Module):
         elif init == "paper":
             with torch.no_grad():
                 latent = self.primary(torch.randn(1024, meta_dim))
-            norm = latent.square().sum(-1).mean().sqrt().item()  # W's std is c * norm / sqrt(3)
+            norm = latent.square().sum(-1).mean().sqrt().item()
             for head in (self.hidden, self.output):
-                c = (6 / head.shape[0]) ** 0.5 / norm
+                c = (6 / head.shape[0]) ** 0.5 / norm  # W's std, c * norm / sqrt(3), is Kaiming's
                 head.init_uniform(c, c / 10)
         elif init == "bias":
             for head in (self.hidden, self.output):
@@ -146,7 +149,7 @@ class HyperNetwork(nn.Module):
             g, b = g.unsqueeze(-2), b.unsqueeze(-2)
             if per_sample:
                 x = (1 + g) * (x @ W) + b
-            else:  # equal, and scaling W is cheaper where many samples share it
+            else:  # the same value; scaling W is cheaper where many samples share it
                 x = torch.baddbmm(b, x, (1 + g) * W)
             if layer < len(weights) - 1:
                 x = F.relu(x)
@@ -201,8 +204,8 @@ class D2RL(nn.Module):
 class ResNetFeaturesCritic(nn.Module):
     """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1.
 
-    Sec. 5.2 puts MLP-Standard on the features, footnote 4 a single hidden layer of 256. This
-    follows the footnote, on which the paper's explanation of the result rests.
+    Sec. 5.2 puts MLP-Standard on the features, footnote 4 a single hidden layer of 256. This is the
+    footnote's network, with which the paper explains the result.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, primary_widths: tuple[int, ...]):

@@ -183,8 +183,10 @@ class Policy(nn.Module):
         return Gaussian(self.dynamic(generated, obs), log_std)
 
 
-# A copy of all weights for each task would be too large. So only the inner steps θ_i - θ are kept,
-# and each layer adds to its output what they contribute (`adapted`).
+# A hypernetwork has millions of weights, too many to copy for each task. But its layers see one
+# context of each task, so that an inner step on their weights is an outer product, of which two
+# vectors are kept (`RankOneStep`). Layers that see many states are small and keep the whole change
+# θ_i - θ (`WeightStep`). Each layer adds to its output what the steps contribute (`adapted`).
 
 
 class WeightStep(NamedTuple):
@@ -303,8 +305,8 @@ def by_name(policy: Policy, theta: Tensor) -> dict[str, Tensor]:
 def adapted_outputs(policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args) -> Gaussian:
     """The adapted policies π_{θ_i} at the states of `chunk.post`, as a function of θ."""
     parameters, steps = by_name(policy, theta), chunk.steps
-    if not args.first_order:
-        steps = []
+    if not args.first_order:  # else the steps are constants
+        steps = []  # once more, from θ, so that the gradient flows through them
         for batch in chunk.pre:
             steps.append(inner_step(policy, parameters, steps, batch, args))
     with adapted(policy, steps):
@@ -338,7 +340,8 @@ def fisher_product(
     """The Hessian of the chunk's KL at θ times a vector, exactly: Jᵀ F J v.
 
     J is the Jacobian of the adapted policies' outputs, F the Fisher metric of a Gaussian, 1/σ² for
-    its mean and 2 for its log_std: a forward-mode product, F, a reverse-mode product.
+    its mean and 2 for its log_std. J v is computed in forward mode, multiplied by F, and then by Jᵀ
+    in reverse mode.
     """
     leaf = theta.detach().requires_grad_()
     with fwAD.dual_level():

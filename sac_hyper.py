@@ -302,7 +302,7 @@ def explore(actor: Actor, obs: np.ndarray, noise: np.ndarray, device: str) -> np
 
 def evaluate(actor: Actor, env: gym.Env, args: Args) -> list[tuple[float, int]]:
     """(return, length) of each episode of the deterministic policy, always from the same starts."""
-    results, actor = [], copy.deepcopy(actor).cpu()  # for one observation faster than a GPU
+    results, actor = [], copy.deepcopy(actor).cpu()  # for one observation faster than on a GPU
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=args.seed + 100 if episode == 0 else None)
         done = False
@@ -372,7 +372,7 @@ def train(args: Args) -> None:
             noise = rng.standard_normal((2, *batch[1].shape), dtype=np.float32)
             noise = torch.from_numpy(noise).to(args.device)
             losses = learn(batch, noise)
-            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # one host sync
+            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # fetched together
             run.check_finite(global_step, **losses)
             if done:
                 run.log(global_step, "losses", losses)

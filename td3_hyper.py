@@ -266,7 +266,7 @@ def act(actor: Actor, obs: np.ndarray, device: str) -> np.ndarray:
 
 def evaluate(actor: Actor, env: gym.Env, args: Args) -> list[tuple[float, int]]:
     """(return, length) of each episode of the deterministic policy, always from the same starts."""
-    results, actor = [], copy.deepcopy(actor).cpu()  # for one observation faster than a GPU
+    results, actor = [], copy.deepcopy(actor).cpu()  # for one observation faster than on a GPU
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=args.seed + 100 if episode == 0 else None)
         done = False
@@ -336,7 +336,7 @@ def train(args: Args) -> None:
             noise = torch.from_numpy(rng.standard_normal(batch[1].shape, dtype=np.float32))
             update_actor = (global_step + 1) % args.policy_frequency == 0
             losses = learn[update_actor](batch, noise.to(args.device))
-            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # one host sync
+            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # fetched together
             run.check_finite(global_step, **losses)
             if done:
                 run.log(global_step, "losses", losses)
