@@ -13,15 +13,16 @@ at a = π(s) are compared by their cosine similarity:
 
 The held action moves the return more, but what is fitted is then not quite Q(s, a), after whose
 first step the policy takes over; `--hold 1` fits that. `--repeat` makes a second, independent
-estimate: if the two agree with a similarity of c, the exact gradient would score about √c, and no
-critic can score more. Runs of sac_hyper.py are measured with their deterministic policy; their
-critics count the entropy, which the return does not.
+estimate: if the two agree with a similarity of c on average, no critic can score more than √c, nor
+the exact gradient. Runs of sac_hyper.py are measured with their deterministic policy; their critics
+count the entropy, which the return does not.
 
 Writes gradient_accuracy.csv, a row for each state, and a picture for each environment. The same
 command again measures only the checkpoints that the table lacks: delete it to measure runs that
 were trained afresh. The columns:
 - cosine_similarity, empty where a gradient is exactly 0, which counts as below every τ;
-- similarity_weighted, of both gradients times 1 - π(s)², the slope of the actor's tanh;
+- similarity_weighted, of both gradients times 1 - π(s)², the slope of the actor's tanh; empty, too,
+  where that is 0 in every dimension;
 - similarity_of_two, of the two estimates of --repeat;
 - saturated, the share of the action's dimensions with |π(s)| > 0.95, where the tanh lets next to no
   gradient through and about half of the perturbed actions are clipped;
