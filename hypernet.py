@@ -271,13 +271,17 @@ def make_critic(
 
 
 def tune(device: str, precision: str) -> None:
-    """Makes matrix products fast; the scripts call it once, before training.
+    """Makes the arithmetic fast; the scripts call it once, before anything else uses PyTorch.
 
-    CPU: float32 products go to oneDNN in place of MKL, PyTorch's default (results/speed.md).
+    CPU: numbers below 1e-38 are treated as 0. Adam's averages of gradients that have become 0 would
+    otherwise stay at such numbers for ever, which processors handle slowly: a third to a half of an
+    update's time once `sa-hyper` has learned for a while, for the same weights (results/speed.md).
+    Float32 products go to oneDNN in place of MKL, PyTorch's default (ibid.).
     On processors with AMX the setting also rounds to bfloat16; this is detected and undone.
     CUDA: float32 products use TF32; the environment variable NVIDIA_TF32_OVERRIDE=0 switches that
     off. Warns if the device has no bfloat16 arithmetic.
     """
+    torch.set_flush_denormal(True)  # first, since PyTorch's threads inherit it when they start
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     a = torch.linspace(-1, 1, 256 * 256).view(256, 256)
     if ((a @ a).double() - a.double() @ a.double()).abs().max() > 1e-3:
