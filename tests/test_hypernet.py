@@ -174,3 +174,24 @@ def test_tuned_matrix_products_are_accurate_and_slow_bfloat16_is_said(monkeypatc
         assert not capsys.readouterr().err
     a = torch.randn(512, 512)
     torch.testing.assert_close((a @ a).double(), a.double() @ a.double(), rtol=1e-3, atol=1e-3)
+
+
+def test_treating_denormals_as_zero_changes_no_weight():
+    def train(flush):
+        torch.set_flush_denormal(flush)
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 101))
+        optimizer = torch.optim.Adam([weight], fused=True)
+        weight.grad = torch.linspace(1, 2, 101)
+        for _ in range(1500):
+            optimizer.step()
+            weight.grad.zero_()  # as that of a unit that is dead from now on
+        return weight.detach(), optimizer.state[weight]["exp_avg"]
+
+    weight, average = train(False)
+    assert ((average != 0) & (average < 1e-38)).all()
+    flushed_weight, flushed_average = train(True)
+    assert torch.equal(weight, flushed_weight) and (flushed_average == 0).all()
+
+    torch.set_flush_denormal(False)
+    tune("cpu", "float32")
+    assert (torch.full((8,), 1e-39) * 0.5 == 0).all()
