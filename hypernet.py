@@ -271,17 +271,18 @@ def make_critic(
 
 
 def tune(device: str, precision: str) -> None:
-    """Makes the arithmetic fast; the scripts call it once, before anything else uses PyTorch.
+    """Makes the arithmetic fast; the scripts call it once, before PyTorch starts its threads.
 
-    CPU: numbers below 1e-38 are treated as 0. Adam's averages of gradients that have become 0 would
-    otherwise stay at such numbers for ever, which processors handle slowly: a third to a half of an
-    update's time once `sa-hyper` has learned for a while, for the same weights (results/speed.md).
-    Float32 products go to oneDNN in place of MKL, PyTorch's default (ibid.).
+    CPU: numbers below 1e-38 (float64: 2e-308) are treated as 0, in NumPy and MuJoCo too. Adam's
+    averages of gradients that have become 0 would otherwise end as such numbers, with which
+    processors are slow: an update of `sa-hyper` took 1.4 times as long or more, for the same
+    weights (measured with TD3: results/speed.md). Float32 products go to oneDNN in place of MKL,
+    PyTorch's default (the same page).
     On processors with AMX the setting also rounds to bfloat16; this is detected and undone.
     CUDA: float32 products use TF32; the environment variable NVIDIA_TF32_OVERRIDE=0 switches that
     off. Warns if the device has no bfloat16 arithmetic.
     """
-    torch.set_flush_denormal(True)  # first, since PyTorch's threads inherit it when they start
+    torch.set_flush_denormal(True)  # PyTorch's threads inherit it when they start, so it is first
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     a = torch.linspace(-1, 1, 256 * 256).view(256, 256)
     if ((a @ a).double() - a.double() @ a.double()).abs().max() > 1e-3:

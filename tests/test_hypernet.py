@@ -1,10 +1,14 @@
 """hypernet.py against NumPy, finite differences and the paper's numbers."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from hypernet import CRITICS, HyperNetwork, make_critic, tune
 
@@ -192,6 +196,11 @@ def test_treating_denormals_as_zero_changes_no_weight():
     flushed_weight, flushed_average = train(True)
     assert torch.equal(weight, flushed_weight) and (flushed_average == 0).all()
 
-    torch.set_flush_denormal(False)
-    tune("cpu", "float32")
-    assert (torch.full((8,), 1e-39) * 0.5 == 0).all()
+
+def test_tune_treats_denormals_as_zero_in_every_thread():
+    code = "import hypernet, torch; hypernet.tune('cpu', 'float32'); "
+    code += "print(torch.get_num_threads(), (torch.full((2**20,), 2e-38) * 0.25).count_nonzero())"
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "2 tensor(0)\n"
