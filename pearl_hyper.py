@@ -319,8 +319,8 @@ def v_and_policy_loss(
     """mean (V(s, z) - y)² with y = min_i Q_i(s, a, z) - log π(a|s, z), and mean -y for a ~ π, with
     the mean squares of the policy's mean and log_std. noise: (T, N, action)
 
-    z is a constant here. Q is frozen before its forward pass, so that autograd does not record its
-    primary networks.
+    z is a constant here. Q is frozen during its forward pass, which is when autograd records what
+    to differentiate, so that its primary networks cost no backward pass.
     """
     obs, z = batch.obs, z.detach()
     mean, log_std = agent.policy.dynamic(agent.policy.generate(z), obs)

@@ -190,8 +190,8 @@ def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[T
     """mean (α log π(a|s) - min_i Q_i(s, a)) with a = μ(ε|s), Eq. 5, and the detached log π(a|s).
 
     With sa-hyper, w(s) does not depend on the action, so the gradient flows through the dynamic
-    network alone (Fig. 2c). The critics are frozen before their forward pass, so that autograd does
-    not record their primary networks.
+    network alone (Fig. 2c). The critics are frozen during their forward pass, which is when
+    autograd records what to differentiate, so that their primary networks cost no backward pass.
     """
     obs = batch[0]
     action, log_prob = agent.actor.sample(obs, noise)

@@ -173,8 +173,8 @@ def actor_loss(agent: Agent, batch: Batch, args: Args) -> Tensor:
     """-mean Q_1(s, π(s)), Eq. 5.
 
     With sa-hyper, w(s) does not depend on the action, so the gradient flows through the dynamic
-    network alone (Fig. 2c). The critic is frozen before its forward pass, so that autograd does
-    not record its primary network.
+    network alone (Fig. 2c). The critic is frozen during its forward pass, which is when
+    autograd records what to differentiate, so that its primary network costs no backward pass.
     """
     obs = batch[0]
     critic = agent.critics[0].requires_grad_(False)
