@@ -205,7 +205,7 @@ class ResNetFeaturesCritic(nn.Module):
     """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1.
 
     The paper describes it twice: Sec. 5.2 puts MLP-Standard, two hidden layers, on the features,
-    footnote 4 a single one of 256. This is the footnote's, with which it explains the result.
+    footnote 4 one of 256. This is the footnote's, with which the paper explains the result.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, primary_widths: tuple[int, ...]):
