@@ -9,14 +9,14 @@ plot() { # plot NAME TITLE RUNS... [OPTIONS]
     python analysis/plot.py "${@:3}" --out "$out/$1" --title "$2"
 }
 
-plot td3_halfcheetah_learning_rate_bfloat16 "TD3 on HalfCheetah, 10,000 random steps: no lead of sa-hyper is left over mlp with a learning rate of 1e-3" $runs/td3_halfcheetah_learning_rate_bfloat16/{released,1e-3,5e-5}
+plot td3_halfcheetah_learning_rate_bfloat16 "TD3 on HalfCheetah, 10,000 random steps: mlp with a learning rate of 1e-3 catches up with sa-hyper after 7,500 updates" $runs/td3_halfcheetah_learning_rate_bfloat16/{released,1e-3,5e-5}
 plot td3_halfcheetah_critics "TD3 on HalfCheetah, 1,000 random steps: sa-hyper is ahead of most critics, not of d2rl" $runs/td3_halfcheetah_critics --dots --ignore precision
 plot td3_hopper_critics "TD3 on Hopper: the two critics cannot be told apart in the first 10% of the steps" $runs/td3_hopper_critics
 plot sac_halfcheetah_random_steps "SAC on HalfCheetah: mlp learns later with 1,000 random steps; sa-hyper was not run with 10,000" $runs/sac_halfcheetah_random_steps
 plot td3_million_steps "TD3 with mlp: 10,000 random steps keep it on its feet on HalfCheetah" $runs/td3_million_steps
 plot maml_models "MAML, a tenth of the batch: context needs the inner step that it was trained with, hyper does not" $runs/maml_models
 plot maml_full_batch "MAML at the paper's batch, no inner step: hyper is better backward, context forward" $runs/maml_full_batch
-plot pearl_models "PEARL, reduced size: hyper is ahead on goals outside training, in two runs of each" $runs/pearl_models/float32
+plot pearl_models "PEARL, reduced size: after adaptation hyper is ahead on goals outside training, two runs of each" $runs/pearl_models/float32
 plot td3_halfcheetah_initialisation "sa-hyper with three initialisations: released and bias cannot be told apart" $runs/td3_halfcheetah_initialisation/{bias,paper} $runs/td3_halfcheetah_critics/eight_critics/HalfCheetah-v4/sa-hyper
 plot maml_initialisation "hyper with three initialisations: the released one learns soonest" $runs/maml_initialisation
 plot bfloat16 "sa-hyper in TF32 and in bfloat16" $runs/td3_halfcheetah_critics/{eight_critics/HalfCheetah-v4/sa-hyper,bfloat16}
