@@ -248,17 +248,16 @@ def in_common(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.pivot(index="time", columns="run", values="return").dropna()
 
 
+def final_of(returns: pd.DataFrame) -> pd.Series:
+    """The final score of each run of in_common()."""
+    return returns[10 * returns.index >= 9 * returns.index.max()].mean()
+
+
 def measure(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each of these runs: label, final, curve."""
-    table = in_common(runs)
-    last = table.index.max() if len(table) else 0
-    return pd.DataFrame(
-        {
-            "label": runs.groupby("run").label.first(),
-            "final": table[10 * table.index >= 9 * last].mean(),
-            "curve": table[table.index > runs.starts.max()].mean(),
-        }
-    )
+    returns, labels = in_common(runs), runs.groupby("run").label.first()
+    curve = returns[returns.index > runs.starts.max()].mean()
+    return pd.DataFrame({"label": labels, "final": final_of(returns), "curve": curve})
 
 
 def difference_of_means(a, b, axis=-1):
@@ -310,38 +309,35 @@ def comparisons(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def baseline(runs: pd.DataFrame) -> tuple[float, float, float] | None:
-    """First and final score of the baseline and its last evaluation; None if it has not learned."""
-    runs = runs[runs.model.isin(("mlp", "vanilla")) & (runs.split != "train")]
-    found = []
-    for _, some in runs[runs.phase == runs.phase.max()].groupby("label"):
-        table, finals = in_common(some), measure(some).final
-        first = table.iloc[:1].mean(axis=None)
-        learned = finals.mean() - first > finals.std()
-        found.append((finals.mean(), first, table.index.max(), learned))
-    final, first, last, learned = max(found, default=(0, 0, 0, False))
-    return (first, final, last) if learned else None
+def against(baseline: pd.DataFrame, returns: pd.DataFrame) -> dict[str, float | str]:
+    """Scores of one label relative to the baseline's, both as in_common() gives them."""
+    times = baseline.index.intersection(returns.index)
+    baseline, mean = baseline.loc[times], returns.loc[times].mean(axis=1)
+    first, finals = baseline.head(1).mean(axis=None), final_of(baseline)
+    gain = finals.mean() - first
+    if not gain > finals.std():  # nan for one run
+        return {"normalised": np.nan, "gain_percent": np.nan, "reached_at_percent": ""}
+    score = (final_of(mean.to_frame()).item() - first) / gain
+    reached = times[(mean - first) / gain >= 1 - 1e-9]  # rounding
+    at = f"{100 * reached[0] / times.max():.4g}" if len(reached) else "not reached"
+    percent = round(100 * (score - 1), 9) + 0.0  # not -0
+    return {"normalised": score, "gain_percent": percent, "reached_at_percent": at}
 
 
 def final_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each label of each environment, split, phase and goal."""
     rows = []
     for (env_id, goal), group in runs.groupby(["env_id", "goal"]):
-        scale = baseline(group)
+        mlp = group[group.model.isin(("mlp", "vanilla")) & (group.split != "train")]
+        mlp = [in_common(x) for _, x in mlp[mlp.phase == mlp.phase.max()].groupby("label")]
+        baseline = max(mlp, key=lambda returns: final_of(returns).mean(), default=None)
         for (split, phase, name), some in group.groupby(["split", "phase", "label"]):
-            scores, table = measure(some), in_common(some)
-            final, last = scores.final.mean(), table.index.max()
             row = {"env_id": env_id, "split": split, "phase": phase, "goal": goal, "label": name}
-            row |= {"runs": len(scores), "last": last, "final": final, "curve": scores.curve.mean()}
-            row |= {"normalised": np.nan, "gain_percent": np.nan, "reached_at_percent": ""}
-            if scale and split != "train":
-                first, top, steps = scale
-                row["normalised"] = (final - first) / (top - first)
-                row["gain_percent"] = round(100 * (row["normalised"] - 1), 9) + 0.0  # not -0
-                mean = (table.mean(axis=1) - first) / (top - first)
-                reached = mean.index[mean >= 1 - 1e-9]  # rounding
-                at = f"{100 * reached[0] / steps:.4g}" if len(reached) else "not reached"
-                row["reached_at_percent"] = at
+            scores, returns = measure(some), in_common(some)
+            row |= {"runs": len(scores), "last": returns.index.max()}
+            row |= scores[["final", "curve"]].mean()
+            if baseline is not None and split != "train":
+                row |= against(baseline, returns)
             rows.append(row | {"finals": " ".join(f"{score:.6g}" for score in scores.final)})
     return pd.DataFrame(rows)
 
@@ -401,42 +397,43 @@ def dots(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> Non
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def legend(figure, runs: pd.DataFrame, styles: dict[str, dict]) -> None:
+    """Below the panels, with the number of runs in an environment; makes room for it."""
+    counts = runs.groupby(["label", "env_id"]).run.nunique().groupby("label").agg(["min", "max"])
+    numbers = {name: " to ".join(map(str, sorted({*pair}))) for name, pair in counts.T.items()}
+    texts = [f"{name} ({numbers[name]})" for name in styles]
+    lines = [plt.Line2D([], [], linewidth=2.4, **style) for style in styles.values()]
+    columns = max(1, 130 // (max(map(len, texts)) + 10))
+    how = "thin: one run, thick: the mean of the runs (their number)"
+    how += ", band: 95% interval of the mean" if counts["max"].max() >= 5 else ""
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(lines, texts, title=how, **place)
+    figure.set_figheight(figure.get_figheight() + 0.4 + 0.22 * -(-len(texts) // columns))
+
+
 def draw(panels: dict[str, pd.DataFrame], title: str, file: Path, with_dots: bool = False) -> None:
     """A picture of the panels, each with its title."""
     runs = pd.concat(panels.values())
     styles = styles_of(runs)
     columns = 1 if with_dots or len(panels) == 1 else 2
     rows = -(-len(panels) // columns)
-    height = 1 + 0.27 * runs.label.nunique() if with_dots else 3.1
+    height = 1 + 0.27 * runs.label.nunique() if with_dots else 3
     figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained")
-    figure.set_size_inches(9, rows * height + 1.2)
+    figure.set_size_inches(9, rows * height + 0.4)
+    first = {}
     for axis, (name, panel) in zip(axes.flat, panels.items()):
         (dots if with_dots else curves)(axis, panel, styles)
         axis.set_title(name, fontsize=10)
+        same = first.setdefault(panel.env_id.iloc[0], axis)  # one scale for an environment
+        if axis is not same:
+            (axis.sharex if with_dots else axis.sharey)(same)
+        same.autoscale_view()
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for _, group in itertools.groupby(
-        zip(panels.values(), axes.flat), lambda x: x[0].env_id.iloc[0]
-    ):
-        group = [axis for _, axis in group]  # one scale for the panels of an environment
-        get, set_ = ("get_xlim", "set_xlim") if with_dots else ("get_ylim", "set_ylim")
-        limits = np.array([getattr(axis, get)() for axis in group])
-        for axis in group:
-            getattr(axis, set_)(limits.min(), limits.max())
-    title = title or ("A dot is a run, a bar the mean" if with_dots else "Return while learning")
-    figure.suptitle("\n".join(textwrap.wrap(title, 90)), x=0.01, ha="left", fontsize=12)
     if not with_dots:
-        counts = (
-            runs.groupby(["label", "env_id"]).run.nunique().groupby("label").agg(["min", "max"])
-        )
-        numbers = {n: " to ".join(map(str, sorted({*count}))) for n, count in counts.T.items()}
-        texts = [f"{name} ({numbers[name]})" for name in styles]
-        lines = [plt.Line2D([], [], linewidth=2.4, **style) for style in styles.values()]
-        ncols = max(1, 130 // (max(map(len, texts)) + 10))
-        how = "thin: one run, thick: the mean of the runs (their number)"
-        how += ", band: 95% interval of the mean" if counts.max(axis=None) >= 5 else ""
-        place = {"loc": "outside lower center", "ncols": ncols, "frameon": False}
-        figure.legend(lines, texts, title=how, **place)
+        legend(figure, runs, styles)
+    title = title or ("A dot is a run, a bar their mean" if with_dots else "Return while learning")
+    figure.suptitle("\n".join(textwrap.wrap(title, 85)), x=0.01, ha="left", fontsize=12)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
