@@ -17,9 +17,17 @@ estimate: if the two agree with a similarity of c on average, no critic can scor
 the exact gradient. Runs of sac_hyper.py are measured with their deterministic policy; their critics
 count the entropy, which the return does not.
 
-Writes gradient_accuracy.csv, a row for each state, and a picture for each environment. The same
-command again measures only the checkpoints that the table lacks: delete it to measure runs that
-were trained afresh. The columns:
+Tables that are there already (gradient_accuracy.csv) can be given in place of runs or beside them:
+they are drawn as well, each in a column of its own. Writes
+- gradient_accuracy.csv, a row for each state. The same command again measures only the checkpoints
+  that the table lacks: delete it to measure runs that were trained afresh;
+- gradient_accuracy.png: the similarity over steps, a thin line for each run (its mean over states)
+  and a thick one for the mean of a critic's runs, and the share of states above a threshold
+  (Fig. 3a). Only checkpoints that all runs of a column have are shown;
+- gradient_comparisons.csv: every two critics compared as in plot.py. A run counts with its mean
+  over these checkpoints. Step 0, before any learning, is drawn, but counts nowhere else.
+
+The columns of the table:
 - cosine_similarity, empty where a gradient is exactly 0, which counts as below every τ;
 - similarity_weighted, of both gradients times 1 - π(s)², the slope of the actor's tanh; empty, too,
   where that is 0 in every dimension;
@@ -30,9 +38,9 @@ were trained afresh. The columns:
 """
 
 import functools
+import itertools
 import json
 import os
-import signal
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -46,31 +54,34 @@ import pandas as pd
 import torch
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
-from plot import COLOURS, plt
+from plot import COLOURS, compare, end_quietly, find, label_steps, note, plt, save, writing
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sac_hyper
 import td3_hyper
-from hypernet import CRITICS
 from td3_hyper import act, make_env, q_value, stop
 
 # In place of a run's own arguments, whatever it was trained on
 HERE = {"device": "cpu", "cuda_graph": False, "track": False}
 STD = 0.3  # of the actions around π(s), which are in [-1, 1] (released)
 RUN = ["env_id", "critic", "seed"]
+CS = "cosine_similarity"
 SIMILARITIES = ["cosine_similarity", "similarity_weighted", "similarity_of_two"]
 SETTINGS = ["num_states", "num_actions", "hold", "repeat", "exp_name"]  # the same in every row
-COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "norm_true", "norm_critic", *SETTINGS]
+COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "norm_true", "norm_critic"]
+COLUMNS += ["actor_lr", *SETTINGS]
 
 
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run directories, or folders of them"""
+    """run directories, folders of them, or tables that are there already"""
     out: Path = Path("plots")
-    """folder of the table and the pictures"""
+    """folder of the tables and the picture"""
+    title: str = ""
+    """a sentence that says what the picture shows"""
     num_states: int = 15
     """states of a checkpoint (paper)"""
     num_actions: int = 15
@@ -106,16 +117,10 @@ def read_config(config: Path, *scripts) -> tuple:
 
 def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tuple]:
     """(env_id, model, seed) -> (script, its arguments, directory) of each run of the scripts."""
-    runs, experiments, configs = {}, set(), set()
-    for folder in folders:
-        if not (found := {file.resolve() for file in folder.rglob("config.json")}):
-            stop(f"{folder}: no run in there, a directory with a config.json")
-        configs |= found
-    if not configs:
-        stop("give run directories, or folders of them")
-    for config in sorted(configs):
+    runs, experiments = {}, set()
+    for config in find(folders, "config.json"):
         script, args = read_config(config, *scripts)
-        saved_steps(config.parent)
+        saved_steps(config.parent)  # exits if there are none
         run = (args.env_id, getattr(args, model), args.seed)
         experiments.add(args.exp_name)
         if len(experiments) > 1:
@@ -139,6 +144,18 @@ def read_table(file: Path, columns: list[str], settings: dict) -> list[dict]:
         if not (table[name] == value).all():
             stop(f"{file} has another {name} than {value}, choose another --out")
     return table.to_dict("records")
+
+
+def read_given(paths: tuple[Path, ...], columns: list[str]) -> tuple[list, list[Path]]:
+    """The tables among the paths, which end in .csv and must have these columns, and the rest."""
+    tables = []
+    for file in (path for path in paths if path.suffix == ".csv"):
+        try:
+            tables.append(pd.read_csv(file, dtype={"exp_name": str}))
+            tables[-1][columns]
+        except (OSError, ValueError, KeyError) as error:
+            stop(f"{file} is not a table that this script wrote: {error}")
+    return tables, [path for path in paths if path.suffix != ".csv"]
 
 
 def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict]) -> None:
@@ -249,7 +266,7 @@ def cosine_similarity(a: np.ndarray, b: np.ndarray) -> float:
     return a @ b / norms if norms > 0 else np.nan
 
 
-def compare(a: np.ndarray, critic: np.ndarray, true: np.ndarray, second=None) -> dict[str, float]:
+def compare_gradients(a, critic: np.ndarray, true: np.ndarray, second=None) -> dict[str, float]:
     """The measured columns of a row: of π(s), the critic's gradient and one or two estimates."""
     weight = 1 - a**2
     return {
@@ -296,57 +313,99 @@ def measure(agent, run_args, envs: list[gym.Env], args: Args, step: int) -> list
             actions = (a + STD * epsilon).clip(-1, 1)
             rollouts = (copies, s, actions, policy, value, run_args.gamma, args.hold)
             estimates.append(estimate_gradient(actions, discounted_returns(*rollouts)))
-        rows.append(compare(a, of_critic[i], *estimates))
+        rows.append(compare_gradients(a, of_critic[i], *estimates))
     return rows
 
 
-def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
-    """Fig. 3 for one environment, a curve for each critic; all states of its runs count alike."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
-    threshold, quarter, three_quarters, mean = axes.flat
+def split(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The columns of the picture with their titles: the checkpoints that all runs have."""
+    table = table.assign(run=table.critic + " " + table.seed.astype(str), policy=table.exp_name)
+    if "actor_lr" in table:  # not so in older tables
+        table["policy"] = table.actor_lr.map(lambda lr: "learning actor" if lr else "fixed policy")
+    parts = {}
+    for names, part in table.groupby(["env_id", "policy"]):
+        counts = part.groupby("step").run.nunique()
+        lacking = counts.index[counts < part.run.nunique()]
+        if len(lacking):
+            steps = ", ".join(map(str, lacking))
+            note(f"{', '.join(names)}: not every run has step {steps}: left out")
+        parts[", ".join(names)] = part[~part.step.isin(lacking)]
+    return parts
+
+
+def over_steps(axis, table: pd.DataFrame) -> None:
+    """Similarity over steps, between chance and the best that a critic could have."""
+    for critic, runs in table.groupby("critic"):
+        means, colour = runs.pivot_table(index="step", columns="run", values=CS), COLOURS[critic]
+        axis.plot(means, color=colour, linewidth=0.8, alpha=0.4)
+        text = f"{critic} ({means.shape[1]})"
+        axis.plot(means.mean(axis=1), color=colour, linewidth=2.4, label=text, zorder=3)
+    best = np.sqrt(max(table.similarity_of_two[table.step > 0].mean(), 0))  # nan without --repeat
+    for height, text in ((0, "chance"), (best, "best\npossible")):
+        if np.isfinite(height):
+            axis.axhline(height, color="0.5", linewidth=1, linestyle="--", zorder=1)
+            place = dict(xycoords=("axes fraction", "data"), va="center", fontsize=9, color="0.4")
+            axis.annotate(text, (1.01, height), **place)
+    label_steps(axis, "environment steps", table.step.max())
+    axis.set_ylabel("cosine similarity")
+
+
+def above_threshold(axis, table: pd.DataFrame) -> None:
+    """Share of all states whose similarity is above τ (Fig. 3a)."""
     tau = np.linspace(0, 1, 101)
-    for critic in [name for name in CRITICS if name in set(table.critic)]:
-        runs = table[table.critic == critic]
-        cs, style = runs.cosine_similarity, {"color": COLOURS[critic], "linewidth": 2}
-        above = (cs.to_numpy()[:, None] > tau).mean(0)
-        threshold.plot(tau, 100 * above, label=f"{critic} ({runs.seed.nunique()})", **style)
-        for axis, least in ((quarter, 0.25), (three_quarters, 0.75)):
-            axis.plot(100 * (cs > least).groupby(runs.step).mean(), marker=".", **style)
-        steps = cs.groupby(runs.step)
-        mean.plot(steps.mean(), marker=".", **style)
-        low, high = steps.quantile(0.25), steps.quantile(0.75)
-        mean.fill_between(low.index, low, high, color=COLOURS[critic], alpha=0.12, lw=0)
+    for critic, runs in table.groupby("critic"):
+        above = (runs[CS].to_numpy()[:, None] > tau).mean(0)
+        axis.plot(tau, 100 * above, color=COLOURS[critic], linewidth=2.4)
+    axis.set(xlabel="threshold τ", ylabel="states with a similarity above τ (%)", ylim=(0, 100))
+
+
+def draw(parts: dict[str, pd.DataFrame], title: str, file: Path) -> None:
+    """Fig. 3, a column for each part of a table."""
+    figure, axes = plt.subplots(2, len(parts), squeeze=False, sharey="row", layout="constrained")
+    figure.set_size_inches(max(6, 4.5 * len(parts)), 6.6)
+    for (name, table), (upper, lower) in zip(parts.items(), axes.T):
+        over_steps(upper, table)
+        above_threshold(lower, table[table.step > 0])
+        upper.set_title(name, fontsize=10)
     for axis in axes.flat:
-        axis.set(xlabel="environment steps", ylabel="states (%)")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.locator_params(axis="x", nbins=5)
-    threshold.set(title="(a) states above τ, all steps", xlabel="threshold τ", ylim=(0, None))
-    quarter.set(title="(b) states above τ = 0.25", ylim=(0, None))
-    three_quarters.set(title="(c) states above τ = 0.75", ylim=(0, None))
-    mean.set(title="(d) mean and interquartile range", ylabel="cosine similarity")
-    mean.axhline(0, color="black", linewidth=0.8)
-    threshold.legend(title="critic (runs)", frameon=False)
-    figure.suptitle(f"Cosine similarity of ∇Q and the gradient of the return, {env_id}")
-    figure.savefig(file, dpi=110)
+    lines = {text: line for a in axes[0] for line, text in zip(*a.get_legend_handles_labels())}
+    how = "thin: one run, thick: the mean of the runs (their number)"
+    place = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+    figure.legend(lines.values(), lines, title=how, **place)
+    title = title or "How far the critics' action gradients agree with those of the return"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over all states of a critic; the error is the standard error of the mean similarity
-    between checkpoints, since the states of one are alike; the ratio of the norms is a median."""
-    cs, critics = "cosine_similarity", ["env_id", "critic"]
-    table = table.assign(**{f"above {tau}": table[cs] > tau for tau in (0.25, 0.75)})
-    means = table.groupby(critics)[[*SIMILARITIES, "above 0.25", "above 0.75", "saturated"]].mean()
-    means.insert(0, "states", table.groupby(critics).size())
-    means.insert(2, "error", table.groupby([*RUN, "step"])[cs].mean().groupby(critics).sem())
-    ratio = table.assign(norm_ratio=table.norm_critic / table.norm_true).groupby(critics).norm_ratio
-    return means.assign(norm_ratio=ratio.median()).dropna(axis="columns", how="all")
+def comparisons(parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """A row for every two critics of a part, by both similarities."""
+    rows = []
+    for (name, table), measure in itertools.product(parts.items(), SIMILARITIES[:2]):
+        scores = table[table.step > 0].groupby(["critic", "run"])[measure].mean().dropna()
+        critics = [critic for critic in COLOURS if critic in scores]
+        for a, b in itertools.combinations(critics, 2):
+            names = {"part": name, "measure": measure, "a": a, "b": b}
+            rows.append(names | compare(scores[a], scores[b]))
+    return pd.DataFrame(rows, columns=["part", "measure", "a", "b", *compare([0], [0])])
 
 
-def main(args: Args) -> None:
-    torch.set_num_threads(1)  # batches of 15 gain nothing from more, and wait for busy cores
-    mujoco.set_mju_user_warning(lambda message: None)  # each copy would repeat them
-    runs = find_runs(args.runs, "critic", td3_hyper, sac_hyper)
+def summary(parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Means over all states of a critic; the ratio of the norms is a median."""
+    table = pd.concat([part.assign(part=name) for name, part in parts.items()])
+    table = table[table.step > 0]
+    more = {f"above {tau}": table[CS] > tau for tau in (0.25, 0.75)}
+    more["norm_ratio"] = table.norm_critic / table.norm_true
+    critics = table.assign(**more).groupby(["part", "critic"])
+    means = critics[[*SIMILARITIES, "above 0.25", "above 0.75", "saturated"]].mean()
+    means.insert(0, "states", critics.size())
+    return means.assign(norm_ratio=critics.norm_ratio.median()).dropna(axis="columns", how="all")
+
+
+def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
+    """Measures the checkpoints that the table in --out lacks, and returns all of it."""
+    runs = find_runs(folders, "critic", td3_hyper, sac_hyper)
     for _, run_args, _ in runs.values():
         check_env(run_args, args.num_actions)
     settings = {name: (vars(args) | vars(run_args))[name] for name in SETTINGS}
@@ -362,20 +421,31 @@ def main(args: Args) -> None:
         agent = script.Agent(*dims, run_args)
         load(agent, run_dir / f"step_{step}.pt")
         new = measure(agent, run_args, envs, args, step)
-        names = dict(zip([*RUN, "step"], (*run, step)))
+        names = dict(zip([*RUN, "step"], (*run, step))) | {"actor_lr": run_args.actor_lr}
         rows += [names | {"state": i} | row | settings for i, row in enumerate(new)]
         save_table(file, COLUMNS, [*RUN, "step", "state"], rows)
         mean = pd.DataFrame(new).cosine_similarity.mean()
         bar.write(f"{run_dir} step {step}: mean similarity {mean:.3f}")
         sys.stdout.flush()
-    table = pd.DataFrame(rows)
-    for env_id, of_env in table.groupby("env_id"):
-        name = env_id.replace("/", "-").replace(":", "-")
-        plot(env_id, of_env, args.out / f"gradient_accuracy_{name}.png")
-    print(summary(table).round(3).to_string())
     print(f"{file} has {len(rows)} states, those of {len(todo)} checkpoints are new")
+    return pd.DataFrame(rows)
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(1)  # batches of 15 gain nothing from more, and wait for busy cores
+    mujoco.set_mju_user_warning(lambda message: None)  # each copy would repeat them
+    tables, folders = read_given(args.runs, [*RUN, "step", "exp_name", *SIMILARITIES])
+    if folders or not tables:
+        tables.append(measure_runs(args, folders))
+    parts = {}
+    for name, part in (pair for table in tables for pair in split(table).items()):
+        parts[f"{name} ({len(parts) + 1})" if name in parts else name] = part
+    with writing(args.out):
+        draw(parts, args.title, args.out / "gradient_accuracy.png")
+        save(comparisons(parts), args.out / "gradient_comparisons.csv")
+    print(summary(parts).round(3).to_string())
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
+    end_quietly()
     main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
