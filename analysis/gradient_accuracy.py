@@ -17,15 +17,14 @@ estimate: if the two agree with a similarity of c on average, no critic can scor
 the exact gradient. Runs of sac_hyper.py are measured with their deterministic policy; their critics
 count the entropy, which the return does not.
 
-Tables that are there already (gradient_accuracy.csv) can be given in place of runs or beside them:
-they are drawn as well, each in a column of its own. Writes
+Tables that are there already (gradient_accuracy.csv) can be given in place of runs or beside them;
+each gets a panel of its own. Writes
 - gradient_accuracy.csv, a row for each state. The same command again measures only the checkpoints
-  that the table lacks: delete it to measure runs that were trained afresh;
-- gradient_accuracy.png: the similarity over steps, a thin line for each run (its mean over states)
-  and a thick one for the mean of a critic's runs, and the share of states above a threshold
-  (Fig. 3a). Only checkpoints that all runs of a column have are shown;
-- gradient_comparisons.csv: every two critics compared as in plot.py. A run counts with its mean
-  over these checkpoints. Step 0, before any learning, is drawn, but counts nowhere else.
+  that it lacks: delete it to measure runs that were trained afresh;
+- gradient_accuracy.png: similarity over steps, a thin line for the mean of each run's states, and
+  the share of states above a threshold (Fig. 3a). A checkpoint that a run lacks is left out;
+- gradient_comparisons.csv: every two critics of a panel compared, as in plot.py, by the means of
+  their runs. Like the share, they leave out step 0, where nothing is learned yet.
 
 The columns of the table:
 - cosine_similarity, empty where a gradient is exactly 0, which counts as below every τ;
@@ -54,7 +53,19 @@ import pandas as pd
 import torch
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
-from plot import COLOURS, compare, end_quietly, find, label_steps, note, plt, save, writing
+from plot import (
+    COLOURS,
+    compare,
+    end_quietly,
+    find,
+    finish,
+    label_steps,
+    note,
+    plt,
+    save,
+    thin_and_thick,
+    writing,
+)
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -67,7 +78,6 @@ from td3_hyper import act, make_env, q_value, stop
 HERE = {"device": "cpu", "cuda_graph": False, "track": False}
 STD = 0.3  # of the actions around π(s), which are in [-1, 1] (released)
 RUN = ["env_id", "critic", "seed"]
-CS = "cosine_similarity"
 SIMILARITIES = ["cosine_similarity", "similarity_weighted", "similarity_of_two"]
 SETTINGS = ["num_states", "num_actions", "hold", "repeat", "exp_name"]  # the same in every row
 COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "norm_true", "norm_critic"]
@@ -146,7 +156,7 @@ def read_table(file: Path, columns: list[str], settings: dict) -> list[dict]:
     return table.to_dict("records")
 
 
-def read_given(paths: tuple[Path, ...], columns: list[str]) -> tuple[list, list[Path]]:
+def read_tables(paths: tuple[Path, ...], columns: list[str]) -> tuple[list, tuple[Path, ...]]:
     """The tables among the paths, which end in .csv and must have these columns, and the rest."""
     tables = []
     for file in (path for path in paths if path.suffix == ".csv"):
@@ -155,7 +165,7 @@ def read_given(paths: tuple[Path, ...], columns: list[str]) -> tuple[list, list[
             tables[-1][columns]
         except (OSError, ValueError, KeyError) as error:
             stop(f"{file} is not a table that this script wrote: {error}")
-    return tables, [path for path in paths if path.suffix != ".csv"]
+    return tables, tuple(path for path in paths if path.suffix != ".csv")
 
 
 def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict]) -> None:
@@ -317,94 +327,63 @@ def measure(agent, run_args, envs: list[gym.Env], args: Args, step: int) -> list
     return rows
 
 
-def split(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The columns of the picture with their titles: the checkpoints that all runs have."""
-    table = table.assign(run=table.critic + " " + table.seed.astype(str), policy=table.exp_name)
-    if "actor_lr" in table:  # not so in older tables
-        table["policy"] = table.actor_lr.map(lambda lr: "learning actor" if lr else "fixed policy")
-    parts = {}
-    for names, part in table.groupby(["env_id", "policy"]):
-        counts = part.groupby("step").run.nunique()
-        lacking = counts.index[counts < part.run.nunique()]
-        if len(lacking):
-            steps = ", ".join(map(str, lacking))
-            note(f"{', '.join(names)}: not every run has step {steps}: left out")
-        parts[", ".join(names)] = part[~part.step.isin(lacking)]
-    return parts
+def panels_of(tables: list[pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """A panel for each table and environment: the checkpoints that all of its runs have."""
+    panels = {}
+    for table in tables:
+        table = table.assign(run=table.critic + table.seed.astype(str), policy=table.exp_name)
+        if "actor_lr" in table:  # not so in older tables
+            table["policy"] = np.where(table.actor_lr > 0, "learning actor", "fixed policy")
+        for names, part in table.groupby(["env_id", "policy"]):
+            name = ", ".join(names)
+            counts = part.groupby("step").run.nunique()
+            lacking = list(counts.index[counts < part.run.nunique()])
+            if lacking:
+                note(f"{name}: a run lacks step {', '.join(map(str, lacking))}, left out")
+            name += f" ({len(panels) + 1})" * (name in panels)
+            panels[name] = part[~part.step.isin(lacking)]
+    return panels
 
 
-def over_steps(axis, table: pd.DataFrame) -> None:
-    """Similarity over steps, between chance and the best that a critic could have."""
-    for critic, runs in table.groupby("critic"):
-        means, colour = runs.pivot_table(index="step", columns="run", values=CS), COLOURS[critic]
-        axis.plot(means, color=colour, linewidth=0.8, alpha=0.4)
-        text = f"{critic} ({means.shape[1]})"
-        axis.plot(means.mean(axis=1), color=colour, linewidth=2.4, label=text, zorder=3)
-    best = np.sqrt(max(table.similarity_of_two[table.step > 0].mean(), 0))  # nan without --repeat
-    for height, text in ((0, "chance"), (best, "best\npossible")):
-        if np.isfinite(height):
-            axis.axhline(height, color="0.5", linewidth=1, linestyle="--", zorder=1)
-            place = dict(xycoords=("axes fraction", "data"), va="center", fontsize=9, color="0.4")
-            axis.annotate(text, (1.01, height), **place)
-    label_steps(axis, "environment steps", table.step.max())
-    axis.set_ylabel("cosine similarity")
-
-
-def above_threshold(axis, table: pd.DataFrame) -> None:
-    """Share of all states whose similarity is above τ (Fig. 3a)."""
+def draw(panels: dict[str, pd.DataFrame], title: str, file: Path) -> None:
+    """Similarity over steps, with chance and the best possible score; below it Fig. 3a."""
+    figure, axes = plt.subplots(2, len(panels), squeeze=False, sharey="row", layout="constrained")
+    figure.set_size_inches(max(6, 4.5 * len(panels)), 6)
     tau = np.linspace(0, 1, 101)
-    for critic, runs in table.groupby("critic"):
-        above = (runs[CS].to_numpy()[:, None] > tau).mean(0)
-        axis.plot(tau, 100 * above, color=COLOURS[critic], linewidth=2.4)
-    axis.set(xlabel="threshold τ", ylabel="states with a similarity above τ (%)", ylim=(0, 100))
-
-
-def draw(parts: dict[str, pd.DataFrame], title: str, file: Path) -> None:
-    """Fig. 3, a column for each part of a table."""
-    figure, axes = plt.subplots(2, len(parts), squeeze=False, sharey="row", layout="constrained")
-    figure.set_size_inches(max(6, 4.5 * len(parts)), 6.6)
-    for (name, table), (upper, lower) in zip(parts.items(), axes.T):
-        over_steps(upper, table)
-        above_threshold(lower, table[table.step > 0])
+    for (name, table), (upper, lower) in zip(panels.items(), axes.T):
+        learned = table[table.step > 0]
+        best = np.sqrt(max(learned.similarity_of_two.mean(), 0))  # nan without --repeat
+        for height, text in ((0, "chance"), (best, "best\npossible")):
+            if np.isfinite(height):
+                upper.axhline(height, color="0.5", linewidth=1, linestyle="--", zorder=1)
+                place = {"xycoords": ("axes fraction", "data"), "va": "center", "color": "0.4"}
+                upper.annotate(text, (1.01, height), fontsize=9, **place)
+        for critic in sorted(set(table.critic), key=list(COLOURS).index):
+            of_critic, style = table[table.critic == critic], {"color": COLOURS[critic]}
+            means = of_critic.pivot_table(index="step", columns="run", values=SIMILARITIES[0])
+            thin_and_thick(upper, means, critic, **style)
+            cs = learned[learned.critic == critic].cosine_similarity.to_numpy()
+            lower.plot(tau, 100 * (cs[:, None] > tau).mean(0), linewidth=2.4, **style)
+        label_steps(upper, "environment steps", table.step.max())
         upper.set_title(name, fontsize=10)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    lines = {text: line for a in axes[0] for line, text in zip(*a.get_legend_handles_labels())}
-    how = "thin: one run, thick: the mean of the runs (their number)"
-    place = {"loc": "outside lower center", "ncols": 4, "frameon": False}
-    figure.legend(lines.values(), lines, title=how, **place)
-    title = title or "How far the critics' action gradients agree with those of the return"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+        upper.set_ylabel("cosine similarity")
+        lower.set(xlabel="threshold τ", ylabel="states with a similarity above τ (%)")
+    finish(figure, title or "How far the critics' action gradients are those of the return", file)
 
 
-def comparisons(parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row for every two critics of a part, by both similarities."""
+def comparisons(panels: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """A row for every two critics of a panel, by each similarity."""
     rows = []
-    for (name, table), measure in itertools.product(parts.items(), SIMILARITIES[:2]):
+    for (name, table), measure in itertools.product(panels.items(), SIMILARITIES[:2]):
         scores = table[table.step > 0].groupby(["critic", "run"])[measure].mean().dropna()
-        critics = [critic for critic in COLOURS if critic in scores]
-        for a, b in itertools.combinations(critics, 2):
-            names = {"part": name, "measure": measure, "a": a, "b": b}
+        for a, b in itertools.combinations([critic for critic in COLOURS if critic in scores], 2):
+            names = {"panel": name, "measure": measure, "a": a, "b": b}
             rows.append(names | compare(scores[a], scores[b]))
-    return pd.DataFrame(rows, columns=["part", "measure", "a", "b", *compare([0], [0])])
+    return pd.DataFrame(rows, columns=["panel", "measure", "a", "b", *compare([0], [0])])
 
 
-def summary(parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Means over all states of a critic; the ratio of the norms is a median."""
-    table = pd.concat([part.assign(part=name) for name, part in parts.items()])
-    table = table[table.step > 0]
-    more = {f"above {tau}": table[CS] > tau for tau in (0.25, 0.75)}
-    more["norm_ratio"] = table.norm_critic / table.norm_true
-    critics = table.assign(**more).groupby(["part", "critic"])
-    means = critics[[*SIMILARITIES, "above 0.25", "above 0.75", "saturated"]].mean()
-    means.insert(0, "states", critics.size())
-    return means.assign(norm_ratio=critics.norm_ratio.median()).dropna(axis="columns", how="all")
-
-
-def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
-    """Measures the checkpoints that the table in --out lacks, and returns all of it."""
+def measure_runs(args: Args, folders: tuple[Path, ...]) -> pd.DataFrame:
+    """Measures the checkpoints that the table in --out lacks; returns the whole table."""
     runs = find_runs(folders, "critic", td3_hyper, sac_hyper)
     for _, run_args, _ in runs.values():
         check_env(run_args, args.num_actions)
@@ -434,16 +413,16 @@ def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # batches of 15 gain nothing from more, and wait for busy cores
     mujoco.set_mju_user_warning(lambda message: None)  # each copy would repeat them
-    tables, folders = read_given(args.runs, [*RUN, "step", "exp_name", *SIMILARITIES])
+    tables, folders = read_tables(args.runs, [*RUN, "step", "exp_name", *SIMILARITIES])
     if folders or not tables:
         tables.append(measure_runs(args, folders))
-    parts = {}
-    for name, part in (pair for table in tables for pair in split(table).items()):
-        parts[f"{name} ({len(parts) + 1})" if name in parts else name] = part
+    panels = panels_of(tables)
     with writing(args.out):
-        draw(parts, args.title, args.out / "gradient_accuracy.png")
-        save(comparisons(parts), args.out / "gradient_comparisons.csv")
-    print(summary(parts).round(3).to_string())
+        draw(panels, args.title, args.out / "gradient_accuracy.png")
+        save(comparisons(panels), args.out / "gradient_comparisons.csv")
+    table = pd.concat([table.assign(panel=name) for name, table in panels.items()])
+    means = table[table.step > 0].groupby(["panel", "critic"])[[*SIMILARITIES, "saturated"]].mean()
+    print(means.round(3).to_string())
 
 
 if __name__ == "__main__":

@@ -4,26 +4,24 @@
 
 Reads eval.csv and config.json of the runs, in {exp_name}/{env_id}/{model}/seed{seed}/. A run's
 label is its model and the arguments that differ between runs of one model. Writes
-- learning_curves.png: return on the test goals or in the environment, a thin line for each run, a
-  thick one for the mean of a label and, from five runs on, its 95% interval (t-distribution);
+- learning_curves.png: the return (meta-RL: on test goals), a thin line for each run, a thick one
+  for the mean of a label and, from five runs on, its 95% interval (t-distribution);
 - train_test_{env_id}.png: meta-RL's training and test goals side by side (Fig. 7);
-- dots.png, in place of these with --dots: the curve's mean, a dot for each run, a bar for a label;
+- dots.png, in place of these with --dots: the mean of the curve, a dot for each run;
 - final_scores.csv: the scores of each label; comparisons.csv: every two labels compared.
 
-The numbers, over the evaluations that all runs in question have, the last of them in column last:
+The numbers, over the evaluations that all runs in question have, of which `last` is the last:
 - final: mean of a run's evaluations in the last 10% of its steps (meta-RL: of its iterations);
 - curve: mean of its evaluations after the random steps (meta-RL: after iteration 0);
-- low, high: Welch's 95% interval over runs of the difference of the means, a - b;
-- p: two-sided permutation test of that difference;
+- low, high: Welch's 95% interval over runs of a - b; p: its two-sided permutation test;
 - probability: that a run of a is better than one of b, with its bootstrap 95% interval;
 - normalised: (final - first) / (baseline's final - first), where first is the baseline's first
   evaluation. The baseline is the label of mlp or vanilla with the best final score (meta-RL: after
   adaptation). Empty if it has not learned: final - first must exceed the standard deviation of
   final over its runs. gain_percent: 100 (normalised - 1). reached_at_percent: the step where the
-  mean curve first reaches the baseline's final score, in percent of the baseline's steps.
+  mean first reaches the baseline's final score, in percent of the baseline's steps.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -79,10 +77,6 @@ class Args:
     ignore: tuple[str, ...] = ()
     """arguments that labels do not name, so that runs with either value are taken together"""
 
-    def __post_init__(self):
-        if not self.runs:
-            raise ValueError("give run directories, or folders of them")
-
 
 def note(message: str) -> None:
     print(f"note: {message}", file=sys.stderr)
@@ -101,19 +95,11 @@ def end_quietly() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def writing(out: Path):
-    """Makes the folder, and exits if something cannot be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        stop(f"--out {out}: cannot write there: {error}")
-
-
 def find(folders: tuple[Path, ...], name: str) -> list[Path]:
     """The files of that name, each once, by the first path that leads to it; follows links."""
     found = {}
+    if not folders:
+        stop("give run directories, or folders of them")
     for folder in folders:
         files, seen = [], set()
         for place, below, names in os.walk(folder, followlinks=True):
@@ -130,16 +116,8 @@ def find(folders: tuple[Path, ...], name: str) -> list[Path]:
     return list(found.values())
 
 
-def number(value: float) -> str:
-    """As people write it: 10,000, 0.1, 3e-4."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    mantissa, exponent = f"{value:.3e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}" if 0 < abs(value) < 0.01 else f"{value:g}"
-
-
 def in_words(name: str, value) -> str:
-    """An argument as a label says it; empty if there is nothing to say."""
+    """An argument as people write it (10,000, 0.1, 3e-4); empty if there is nothing to say."""
     words = name.replace("_", " ")
     if name == "num_adapt_steps":
         return f"{value or 'no'} inner step{'s' * (value > 1)}"
@@ -147,10 +125,14 @@ def in_words(name: str, value) -> str:
         return words if value else f"no {words}"
     if isinstance(value, dict):  # env_kwargs
         return " ".join(f"{key} {item}" for key, item in value.items())
-    if isinstance(value, int | float):
-        value = number(value)
-    elif isinstance(value, list):
+    if isinstance(value, list):
         value = "-".join(map(str, value))
+    elif isinstance(value, float):
+        mantissa, exponent = f"{value:.3e}".split("e")
+        short = f"{float(mantissa):g}e{int(exponent)}"
+        value = short if 0 < abs(value) < 0.01 else f"{value:g}"
+    elif isinstance(value, int):
+        value = f"{value:,}"
     return WORDS.get(name, words + " {}").format(value)
 
 
@@ -240,16 +222,12 @@ def in_common(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.pivot(index="time", columns="run", values="return").dropna()
 
 
-def final_of(returns: pd.DataFrame) -> pd.Series:
-    """The final score of each run of in_common()."""
-    return returns[10 * returns.index >= 9 * returns.index.max()].mean()
-
-
 def measure(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each of these runs: label, final, curve."""
     returns, labels = in_common(runs), runs.groupby("run").label.first()
+    final = returns[10 * returns.index >= 9 * returns.index.max()].mean()
     curve = returns[returns.index > runs.starts.max()].mean()
-    return pd.DataFrame({"label": labels, "final": final_of(returns), "curve": curve})
+    return pd.DataFrame({"label": labels, "final": final, "curve": curve})
 
 
 def difference(a, b, axis=-1):
@@ -295,16 +273,16 @@ def comparisons(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def against(baseline: pd.DataFrame, returns: pd.DataFrame) -> dict[str, float | str]:
-    """Scores relative to the baseline's; both as in_common() gives them."""
-    times = baseline.index.intersection(returns.index)
-    baseline, mean = baseline.loc[times], returns.loc[times].mean(axis=1)
-    first, finals = baseline.head(1).mean(axis=None), final_of(baseline)
+def against(baseline: pd.DataFrame, runs: pd.DataFrame) -> dict[str, float | str]:
+    """Scores of a label's runs relative to those of the baseline; none if it has not learned."""
+    times = in_common(baseline).index.intersection(in_common(runs).index)
+    baseline, runs = (table[table.time.isin(times)] for table in (baseline, runs))
+    first, finals = in_common(baseline).head(1).mean(axis=None), measure(baseline).final
     gain = finals.mean() - first
     if not gain > finals.std():  # nan for one run
         return {}
-    score = (final_of(mean.to_frame()).item() - first) / gain
-    reached = times[(mean - first) / gain >= 1 - 1e-9]  # rounding
+    score = (measure(runs).final.mean() - first) / gain
+    reached = times[(in_common(runs).mean(axis=1) - first) / gain >= 1 - 1e-9]  # rounding
     at = f"{100 * reached[0] / times.max():.4g}" if len(reached) else "not reached"
     percent = round(100 * (score - 1), 9) + 0.0  # not -0
     return {"normalised": score, "gain_percent": percent, "reached_at_percent": at}
@@ -312,20 +290,20 @@ def against(baseline: pd.DataFrame, returns: pd.DataFrame) -> dict[str, float | 
 
 def final_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each label of each environment, split, phase and goal."""
-    rows, empty = [], {"normalised": np.nan, "gain_percent": np.nan, "reached_at_percent": ""}
+    rows = []
     for (env_id, goal), group in runs.groupby(["env_id", "goal"]):
         mlp = group[group.model.isin(("mlp", "vanilla")) & (group.split != "train")]
-        mlp = [in_common(x) for _, x in mlp[mlp.phase == mlp.phase.max()].groupby("label")]
-        baseline = max(mlp, key=lambda returns: final_of(returns).mean(), default=None)
+        mlp = [some for _, some in mlp[mlp.phase == mlp.phase.max()].groupby("label")]
+        baseline = max(mlp, key=lambda some: measure(some).final.mean(), default=None)
         for (split, phase, name), some in group.groupby(["split", "phase", "label"]):
-            scores, returns = measure(some), in_common(some)
+            scores, last = measure(some), in_common(some).index.max()
             row = {"env_id": env_id, "split": split, "phase": phase, "goal": goal, "label": name}
-            row |= {"runs": len(scores), "last": returns.index.max()}
-            row |= {"final": scores.final.mean(), "curve": scores.curve.mean(), **empty}
+            row |= {"runs": len(scores), "last": last, **scores[["final", "curve"]].mean()}
             if baseline is not None and split != "train":
-                row |= against(baseline, returns)
+                row |= against(baseline, some)
             rows.append(row | {"finals": " ".join(f"{score:.6g}" for score in scores.final)})
-    return pd.DataFrame(rows)
+    columns = [*PLACE, "label", "runs", "last", "final", "curve", "normalised", "gain_percent"]
+    return pd.DataFrame(rows, columns=[*columns, "reached_at_percent", "finals"])
 
 
 def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
@@ -379,9 +357,8 @@ def dots(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> Non
         axis.plot(values, [y] * len(values), "o", color=colour, alpha=0.5, markeredgewidth=0)
         axis.plot([values.mean()] * 2, [y - 0.35, y + 0.35], color=colour, linewidth=2.4)
     axis.set_yticks(range(len(names)), [f"{name} ({len(groups[name])})" for name in names])
-    ends = times[times > runs.starts.max()][[0, -1]]
-    ends = " to ".join(number(int(time)) for time in ends)
-    axis.set_xlabel(f"mean return at {ends} {runs.unit.iloc[0]}, a dot for a run")
+    first, last = times[times > runs.starts.max()][[0, -1]]
+    axis.set_xlabel(f"mean return at {first:,} to {last:,} {runs.unit.iloc[0]}, a dot for a run")
 
 
 def finish(figure, title: str, file: Path) -> None:
@@ -437,21 +414,24 @@ def panels_of(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def save(table: pd.DataFrame, file: Path) -> None:
-    table.to_csv(file, index=False, float_format="%.6g")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(file, index=False, float_format="%.6g")
+    except OSError as error:
+        stop(f"{file}: cannot be written: {error}")
 
 
 def main(args: Args) -> None:
     runs = read(args.runs, args.ignore)
     scores = final_scores(runs)
-    with writing(args.out):
-        save(scores, args.out / "final_scores.csv")
-        save(comparisons(runs), args.out / "comparisons.csv")
-        name = "dots" if args.dots else "learning_curves"
-        draw(panels_of(runs), args.title, args.out / f"{name}.png", args.dots)
-        for env_id, pair in [] if args.dots else runs[runs.phase == AFTER].groupby("env_id"):
-            splits = {f"{env_id}, {s} goals": panel for s, panel in pair.groupby("split")}
-            if len(splits) == 2 and not any(pair.goal):  # directions are the same in both
-                draw(splits, args.title, args.out / f"train_test_{env_id}.png")
+    save(scores, args.out / "final_scores.csv")
+    save(comparisons(runs), args.out / "comparisons.csv")
+    name = "dots" if args.dots else "learning_curves"
+    draw(panels_of(runs), args.title, args.out / f"{name}.png", args.dots)
+    for env_id, pair in [] if args.dots else runs[runs.phase == AFTER].groupby("env_id"):
+        splits = {f"{env_id}, {s} goals": panel for s, panel in pair.groupby("split")}
+        if len(splits) == 2 and not any(pair.goal):  # directions are the same in both
+            draw(splits, args.title, args.out / f"train_test_{env_id}.png")
     shown = scores.drop(columns="finals").replace("", np.nan).dropna(axis="columns", how="all")
     print(shown.round(2).to_string(index=False, na_rep=""))
     print(f"tables and pictures are in {args.out}")
