@@ -17,27 +17,22 @@ estimate: if the two agree with a similarity of c on average, no critic can scor
 the exact gradient. Runs of sac_hyper.py are measured with their deterministic policy; their critics
 count the entropy, which the return does not.
 
-Tables that are there already (gradient_accuracy.csv) can be given in place of runs or beside them;
-each gets a panel of its own. Writes
-- gradient_accuracy.csv, a row for each state. The same command again measures only the checkpoints
-  that it lacks: delete it to measure runs that were trained afresh;
-- gradient_accuracy.png: similarity over steps, a thin line for the mean of each run's states, and
-  the share of states above a threshold (Fig. 3a). A checkpoint that a run lacks is left out;
-- gradient_comparisons.csv: every two critics of a panel compared, as in plot.py, by the means of
-  their runs. Like the share, they leave out step 0, where nothing is learned yet.
-
-The columns of the table:
+Writes gradient_accuracy.csv, a row for each state. The same command again measures only what it
+lacks: delete it to measure runs that were trained afresh. Given in place of runs, or beside them,
+such a table is only drawn, in a panel of its own. From the checkpoints that all runs of a panel
+have, it draws gradient_accuracy.png and compares every two critics as plot.py does, by the mean of
+each run, in gradient_comparisons.csv (without step 0, where nothing is learned yet). The columns:
 - cosine_similarity, empty where a gradient is exactly 0, which counts as below every τ;
 - similarity_weighted, of both gradients times 1 - π(s)², the slope of the actor's tanh; empty, too,
   where that is 0 in every dimension;
 - similarity_of_two, of the two estimates of --repeat;
 - saturated, the share of the action's dimensions with |π(s)| > 0.95, where the tanh lets next to no
   gradient through and about half of the perturbed actions are clipped;
-- norm_true and norm_critic, in return per half width of the action's range.
+- norm_true and norm_critic, in return per half width of the action's range;
+- actor_lr of the run: with 0 the policy is fixed.
 """
 
 import functools
-import itertools
 import json
 import os
 import sys
@@ -53,19 +48,7 @@ import pandas as pd
 import torch
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
-from plot import (
-    COLOURS,
-    compare,
-    end_quietly,
-    find,
-    finish,
-    label_steps,
-    note,
-    plt,
-    save,
-    thin_and_thick,
-    writing,
-)
+from plot import comparisons, draw, end_quietly, find, note, rank, save
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -76,9 +59,11 @@ from td3_hyper import act, make_env, q_value, stop
 
 # In place of a run's own arguments, whatever it was trained on
 HERE = {"device": "cpu", "cuda_graph": False, "track": False}
+TITLE = "How far the critics' action gradients are those of the return"
 STD = 0.3  # of the actions around π(s), which are in [-1, 1] (released)
 RUN = ["env_id", "critic", "seed"]
-SIMILARITIES = ["cosine_similarity", "similarity_weighted", "similarity_of_two"]
+CS = "cosine_similarity"
+SIMILARITIES = [CS, "similarity_weighted", "similarity_of_two"]
 SETTINGS = ["num_states", "num_actions", "hold", "repeat", "exp_name"]  # the same in every row
 COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "norm_true", "norm_critic"]
 COLUMNS += ["actor_lr", *SETTINGS]
@@ -141,37 +126,38 @@ def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tu
     return runs
 
 
-def read_table(file: Path, columns: list[str], settings: dict) -> list[dict]:
-    """The rows measured so far; exits if that was with other settings."""
+def read_table(file: Path, columns: list[str], settings: dict | None = None) -> pd.DataFrame:
+    """A table with these columns. With `settings`, which it must have been measured with, it is the
+    one in --out, and may not be there yet."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        table = pd.read_csv(file, dtype={"exp_name": str})[columns]
-    except FileNotFoundError:
-        return []
+        if settings:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        if settings and not file.exists():
+            return pd.DataFrame(columns=columns)
+        table = pd.read_csv(file, dtype={"exp_name": str})
+        table[columns]
     except (OSError, ValueError, KeyError) as error:
-        stop(f"{file} cannot be used ({error}), choose another --out")
-    for name, value in settings.items():
+        stop(f"{file} cannot be used ({error})" + ", choose another --out" * bool(settings))
+    for name, value in (settings or {}).items():
         if not (table[name] == value).all():
             stop(f"{file} has another {name} than {value}, choose another --out")
-    return table.to_dict("records")
+    return table
 
 
-def read_tables(paths: tuple[Path, ...], columns: list[str]) -> tuple[list, tuple[Path, ...]]:
-    """The tables among the paths, which end in .csv and must have these columns, and the rest."""
-    tables = []
-    for file in (path for path in paths if path.suffix == ".csv"):
-        try:
-            tables.append(pd.read_csv(file, dtype={"exp_name": str}))
-            tables[-1][columns]
-        except (OSError, ValueError, KeyError) as error:
-            stop(f"{file} is not a table that this script wrote: {error}")
-    return tables, tuple(path for path in paths if path.suffix != ".csv")
-
-
-def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict]) -> None:
-    """Writes all rows, in the order of `key`."""
-    table = pd.DataFrame(rows, columns=columns).sort_values(key)
-    td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
+def measure_missing(
+    file: Path, columns: list[str], key: list[str], settings: dict, todo: list[tuple], measure
+) -> pd.DataFrame:
+    """The table with the rows of all of `todo`, each named by `key`, that measure(*todo) gives for
+    those that it lacks; it is saved after each."""
+    rows = read_table(file, columns, settings).to_dict("records")
+    measured = {tuple(row[name] for name in key) for row in rows}
+    for names in tqdm([names for names in todo if names not in measured], disable=None):
+        rows += [dict(zip(key, names)) | row | settings for row in measure(*names)]
+        order = [name for name in (*key, "state") if name in columns]
+        table = pd.DataFrame(rows, columns=columns).sort_values(order)
+        td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
+    print(f"{file} has {len(rows)} rows")
+    return pd.DataFrame(rows, columns=columns)
 
 
 def check_env(run_args, num_actions: int) -> None:
@@ -276,7 +262,7 @@ def cosine_similarity(a: np.ndarray, b: np.ndarray) -> float:
     return a @ b / norms if norms > 0 else np.nan
 
 
-def compare_gradients(a, critic: np.ndarray, true: np.ndarray, second=None) -> dict[str, float]:
+def compare(a: np.ndarray, critic: np.ndarray, true: np.ndarray, second=None) -> dict[str, float]:
     """The measured columns of a row: of π(s), the critic's gradient and one or two estimates."""
     weight = 1 - a**2
     return {
@@ -323,106 +309,90 @@ def measure(agent, run_args, envs: list[gym.Env], args: Args, step: int) -> list
             actions = (a + STD * epsilon).clip(-1, 1)
             rollouts = (copies, s, actions, policy, value, run_args.gamma, args.hold)
             estimates.append(estimate_gradient(actions, discounted_returns(*rollouts)))
-        rows.append(compare_gradients(a, of_critic[i], *estimates))
+        rows.append(compare(a, of_critic[i], *estimates))
     return rows
 
 
-def panels_of(tables: list[pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """A panel for each table and environment: the checkpoints that all of its runs have."""
-    panels = {}
-    for table in tables:
-        table = table.assign(run=table.critic + table.seed.astype(str), policy=table.exp_name)
-        if "actor_lr" in table:  # not so in older tables
-            table["policy"] = np.where(table.actor_lr > 0, "learning actor", "fixed policy")
-        for names, part in table.groupby(["env_id", "policy"]):
-            name = ", ".join(names)
-            counts = part.groupby("step").run.nunique()
-            lacking = list(counts.index[counts < part.run.nunique()])
-            if lacking:
-                note(f"{name}: a run lacks step {', '.join(map(str, lacking))}, left out")
-            name += f" ({len(panels) + 1})" * (name in panels)
-            panels[name] = part[~part.step.isin(lacking)]
-    return panels
+def as_runs(table: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """The states of a table with the columns of plot.py's read(): `time` is the step, `phase` says
+    whether the actor learns, `goal` is the table; checkpoints that a run lacks are left out."""
+    table = table.reindex(columns=COLUMNS).rename(columns={"step": "time"})
+    policy = np.where(table.actor_lr > 0, "learning actor", "fixed policy")
+    table["phase"] = table.exp_name.where(table.actor_lr.isna(), policy)  # older tables
+    critics = pd.Categorical(table.critic, sorted(set(table.critic), key=rank), ordered=True)
+    table["run"] = f"{file} " + table.critic + table.seed.astype(str)
+    table = table.assign(label=critics, model=table.critic, goal=str(file), starts=0)
+    runs = table.groupby(["env_id", "phase"]).run.transform("nunique")
+    lacking = runs > table.groupby(["env_id", "phase", "time"]).run.transform("nunique")
+    if lacking.any():
+        steps = ", ".join(f"{step:,}" for step in sorted(set(table.time[lacking])))
+        note(f"{file}: not all runs have step {steps}: left out")
+    return table[~lacking]
 
 
-def draw(panels: dict[str, pd.DataFrame], title: str, file: Path) -> None:
-    """Similarity over steps, with chance and the best possible score; below it Fig. 3a."""
-    figure, axes = plt.subplots(2, len(panels), squeeze=False, sharey="row", layout="constrained")
-    figure.set_size_inches(max(6, 4.5 * len(panels)), 6)
-    tau = np.linspace(0, 1, 101)
-    for (name, table), (upper, lower) in zip(panels.items(), axes.T):
-        learned = table[table.step > 0]
-        best = np.sqrt(max(learned.similarity_of_two.mean(), 0))  # nan without --repeat
-        for height, text in ((0, "chance"), (best, "best\npossible")):
-            if np.isfinite(height):
-                upper.axhline(height, color="0.5", linewidth=1, linestyle="--", zorder=1)
-                place = {"xycoords": ("axes fraction", "data"), "va": "center", "color": "0.4"}
-                upper.annotate(text, (1.01, height), fontsize=9, **place)
-        for critic in sorted(set(table.critic), key=list(COLOURS).index):
-            of_critic, style = table[table.critic == critic], {"color": COLOURS[critic]}
-            means = of_critic.pivot_table(index="step", columns="run", values=SIMILARITIES[0])
-            thin_and_thick(upper, means, critic, **style)
-            cs = learned[learned.critic == critic].cosine_similarity.to_numpy()
-            lower.plot(tau, 100 * (cs[:, None] > tau).mean(0), linewidth=2.4, **style)
-        label_steps(upper, "environment steps", table.step.max())
-        upper.set_title(name, fontsize=10)
-        upper.set_ylabel("cosine similarity")
-        lower.set(xlabel="threshold τ", ylabel="states with a similarity above τ (%)")
-    finish(figure, title or "How far the critics' action gradients are those of the return", file)
+def show(states: pd.DataFrame, args: Args) -> None:
+    """Draws and compares the runs of as_runs()."""
+    means, shares, levels, tau = {}, {}, {}, np.linspace(0, 1, 101)
+    columns = ["env_id", "phase", "goal", "label", "model", "run", "starts"]
+    runs = states.groupby([*columns, "time"])[SIMILARITIES].mean().reset_index()
+    runs = runs.assign(unit="environment steps", quantity=CS.replace("_", " "))
+    above = pd.DataFrame(states[[CS]].to_numpy() > tau, states.index, tau).mul(100)
+    above = pd.concat([states[columns], above], axis=1)[states.time > 0].groupby(columns).mean()
+    above = above.rename_axis(columns="time").stack().rename("return").reset_index()
+    above = above.assign(unit="threshold τ", quantity="states with a similarity above τ (%)")
+    for (env_id, policy, file), part in runs.groupby(["env_id", "phase", "goal"]):
+        name = f"{env_id}, {policy}"
+        name += f", {file}" * (name in means)
+        means[name] = part.rename(columns={CS: "return"})
+        shares[name + " "] = above[
+            (above.goal == file) & (above.phase == policy) & (above.env_id == env_id)
+        ]
+        best = np.sqrt(max(part.similarity_of_two[part.time > 0].mean(), 0))  # nan without --repeat
+        levels[name] = {"chance": 0} | ({"best\npossible": best} if best > 0 else {})
+    draw(means | shares, args.title or TITLE, args.out / "gradient_accuracy.png", levels=levels)
+    runs = runs.melt([*columns, "time"], SIMILARITIES[:2], "split", "return").dropna()
+    names = {"split": "similarity", "phase": "policy", "goal": "table"}
+    table = comparisons(runs).rename(columns=names)
+    save(table[table.measure == "curve"], args.out / "gradient_comparisons.csv")
+    states = states[states.time > 0].groupby(["goal", "env_id", "phase", "critic"])
+    print(states[[*SIMILARITIES, "saturated"]].mean().round(3).to_string())
 
 
-def comparisons(panels: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row for every two critics of a panel, by each similarity."""
-    rows = []
-    for (name, table), measure in itertools.product(panels.items(), SIMILARITIES[:2]):
-        scores = table[table.step > 0].groupby(["critic", "run"])[measure].mean().dropna()
-        for a, b in itertools.combinations([critic for critic in COLOURS if critic in scores], 2):
-            names = {"panel": name, "measure": measure, "a": a, "b": b}
-            rows.append(names | compare(scores[a], scores[b]))
-    return pd.DataFrame(rows, columns=["panel", "measure", "a", "b", *compare([0], [0])])
-
-
-def measure_runs(args: Args, folders: tuple[Path, ...]) -> pd.DataFrame:
-    """Measures the checkpoints that the table in --out lacks; returns the whole table."""
+def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
+    """The rows of all checkpoints of the runs in there."""
     runs = find_runs(folders, "critic", td3_hyper, sac_hyper)
     for _, run_args, _ in runs.values():
         check_env(run_args, args.num_actions)
     settings = {name: (vars(args) | vars(run_args))[name] for name in SETTINGS}
-    file = args.out / "gradient_accuracy.csv"
-    rows = read_table(file, COLUMNS, settings)
-    measured = {tuple(row[name] for name in [*RUN, "step"]) for row in rows}
-    saved = [(*run, step) for run in sorted(runs) for step in saved_steps(runs[run][-1])]
-    todo = [checkpoint for checkpoint in saved if checkpoint not in measured]
-    for *run, step in (bar := tqdm(todo, disable=None)):  # a bar on a terminal
-        script, run_args, run_dir = runs[tuple(run)]
+
+    def measure_checkpoint(*names) -> list[dict]:
+        script, run_args, run_dir = runs[names[:-1]]
         envs = make_envs(run_args, args.num_states + args.num_actions)
         dims = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
         agent = script.Agent(*dims, run_args)
-        load(agent, run_dir / f"step_{step}.pt")
-        new = measure(agent, run_args, envs, args, step)
-        names = dict(zip([*RUN, "step"], (*run, step))) | {"actor_lr": run_args.actor_lr}
-        rows += [names | {"state": i} | row | settings for i, row in enumerate(new)]
-        save_table(file, COLUMNS, [*RUN, "step", "state"], rows)
-        mean = pd.DataFrame(new).cosine_similarity.mean()
-        bar.write(f"{run_dir} step {step}: mean similarity {mean:.3f}")
+        load(agent, run_dir / f"step_{names[-1]}.pt")
+        rows = measure(agent, run_args, envs, args, names[-1])
+        tqdm.write(
+            f"{run_dir} step {names[-1]}: mean similarity {pd.DataFrame(rows)[CS].mean():.3f}"
+        )
         sys.stdout.flush()
-    print(f"{file} has {len(rows)} states, those of {len(todo)} checkpoints are new")
-    return pd.DataFrame(rows)
+        return [{"state": i, "actor_lr": run_args.actor_lr} | row for i, row in enumerate(rows)]
+
+    todo = [(*run, step) for run in sorted(runs) for step in saved_steps(runs[run][-1])]
+    table = args.out / "gradient_accuracy.csv", COLUMNS, [*RUN, "step"], settings
+    return measure_missing(*table, todo, measure_checkpoint)
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # batches of 15 gain nothing from more, and wait for busy cores
     mujoco.set_mju_user_warning(lambda message: None)  # each copy would repeat them
-    tables, folders = read_tables(args.runs, [*RUN, "step", "exp_name", *SIMILARITIES])
-    if folders or not tables:
+    files = [path for path in args.runs if path.suffix == ".csv"]
+    tables = [read_table(file, [*RUN, "step", "exp_name", CS]) for file in files]
+    folders = [path for path in args.runs if path not in files]
+    if folders or not files:
+        files.append(args.out / "gradient_accuracy.csv")
         tables.append(measure_runs(args, folders))
-    panels = panels_of(tables)
-    with writing(args.out):
-        draw(panels, args.title, args.out / "gradient_accuracy.png")
-        save(comparisons(panels), args.out / "gradient_comparisons.csv")
-    table = pd.concat([table.assign(panel=name) for name, table in panels.items()])
-    means = table[table.step > 0].groupby(["panel", "critic"])[[*SIMILARITIES, "saturated"]].mean()
-    print(means.round(3).to_string())
+    show(pd.concat(map(as_runs, tables, files), ignore_index=True), args)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ from scipy import stats
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+
 # A model has one colour in every picture; legends and tables have this order.
 COLOURS = {"sa-hyper": "#d55e00", "hyper": "#d55e00", "as-hyper": "#009e73", "context": "#0072b2"}
 COLOURS |= {"d2rl": "#8c8c8c", "resnet35": "#cc79a7", "resnet-features": "#7b4b2a"}
@@ -89,10 +91,11 @@ def stop(message: str) -> NoReturn:
 
 
 def end_quietly() -> None:
-    """Ends without a traceback at Ctrl-C, and when nobody reads the output any more."""
+    """No tracebacks at Ctrl-C, when nobody reads the output any more, or when it is closed."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
 
 
 def find(folders: tuple[Path, ...], name: str) -> list[Path]:
@@ -136,40 +139,39 @@ def in_words(name: str, value) -> str:
     return WORDS.get(name, words + " {}").format(value)
 
 
-def named(model: str, args: dict, ignore: tuple[str, ...]) -> dict[str, str]:
-    """Those of a run's arguments that a label may name, in words."""
-    left_out = UNNAMED | {name.replace("-", "_") for name in ignore}
-    if "hyper" not in model and model != "resnet-features":
-        left_out |= HYPER
-    if args.get("buffer_size", 0) >= args.get("total_timesteps", np.inf):
-        left_out.add("buffer_size")  # it never gets full
-    if args.get("num_adapt_steps") == 0:
-        left_out |= {"inner_lr", "first_order"}
-    algorithm = next((name for flag, name in ALGORITHMS.items() if flag in args), None)
-    args = {"algorithm": algorithm} | args
-    kept = {name: value for name, value in args.items() if name not in left_out}
-    return {name: in_words(name, value) for name, value in kept.items() if value is not None}
-
-
 def label(runs: list[tuple[str, str, dict]], ignore: tuple[str, ...] = ()) -> list[str]:
     """The label of each run, given as (env_id, model, arguments): "mlp, critic lr 1e-3".
 
     It names every argument that differs between runs of one model in one environment, with other
     models, too. An argument that a run's config.json lacks counts as the same.
     """
-    words, values = [named(model, args, ignore) for _, model, args in runs], defaultdict(set)
-    for (env_id, model, _), arguments in zip(runs, words):
-        for name, value in arguments.items():
-            algorithm = None if name == "algorithm" else arguments.get("algorithm")
-            values[env_id, model, algorithm, name].add(value)
+    words, values = [], defaultdict(set)
+    for env_id, model, args in runs:
+        left_out = UNNAMED | {name.replace("-", "_") for name in ignore}
+        if "hyper" not in model and model != "resnet-features":
+            left_out |= HYPER
+        if args.get("buffer_size", 0) >= args.get("total_timesteps", np.inf):
+            left_out |= {"buffer_size"}  # it never gets full
+        if args.get("num_adapt_steps") == 0:
+            left_out |= {"inner_lr", "first_order"}
+        algorithm = next((name for flag, name in ALGORITHMS.items() if flag in args), None)
+        named = {"algorithm": algorithm} | {n: v for n, v in args.items() if n not in left_out}
+        words.append({n: in_words(n, v) for n, v in named.items() if v is not None})
+        for name, value in words[-1].items():
+            values[env_id, model, name != "algorithm" and algorithm, name].add(value)
     differ = {name for (*_, name), different in values.items() if len(different) > 1}
     parts = [[value for name, value in some.items() if name in differ and value] for some in words]
     return [", ".join([model, *more]) for (_, model, _), more in zip(runs, parts)]
 
 
+def rank(model: str) -> int:
+    """Its place in legends and tables."""
+    return [*COLOURS, model].index(model)
+
+
 def read_run(file: Path) -> pd.DataFrame:
-    """Mean returns: columns split, phase, goal, time, unit, return. The goal is empty for the mean
-    over all of them; where there are two directions, each has its rows as well."""
+    """Mean returns: columns split, phase, goal, time, unit of time, return. The goal is empty for
+    the mean over all of them; where there are two directions, each has its rows as well."""
     table = pd.read_csv(file).rename(columns={"iteration": "time"}).assign(unit="iterations")
     if "global_step" in table:
         table = table.rename(columns={"global_step": "time"}).assign(unit="environment steps")
@@ -200,14 +202,15 @@ def read(folders: tuple[Path, ...], ignore: tuple[str, ...] = ()) -> pd.DataFram
         if not (run / "summary.json").exists():
             note(f"unfinished: {run}, evaluated up to {table.time.max()}")
         names = {"env_id": env_id, "model": model, "run": str(run)}
-        tables.append(table.assign(**names, starts=args.get("learning_starts", 0)))
+        starts = args.get("learning_starts", 0)
+        tables.append(table.assign(**names, starts=starts, quantity="return per episode"))
         runs.append((env_id, model, args))
     if not tables:
         stop("no run in there has been evaluated yet")
-    labels, order = label(runs, ignore), [*COLOURS, *sorted({model for _, model, _ in runs})]
-    keys = sorted((order.index(model), name) for (_, model, _), name in zip(runs, labels))
+    labels = label(runs, ignore)
+    order = sorted({(rank(run[1]), run[1], name) for run, name in zip(runs, labels)})
     table = pd.concat([t.assign(label=name) for t, name in zip(tables, labels)], ignore_index=True)
-    orders = {"label": list(dict.fromkeys(name for _, name in keys))}
+    orders = {"label": [name for *_, name in order]}
     orders |= {"split": ["", "train", "test"], "phase": ["", BEFORE, AFTER]}
     for column, values in orders.items():
         table[column] = pd.Categorical(table[column], values, ordered=True)
@@ -230,13 +233,9 @@ def measure(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"label": labels, "final": final, "curve": curve})
 
 
-def difference(a, b, axis=-1):
-    return np.mean(a, axis) - np.mean(b, axis)
-
-
 def improvement(a, b, axis=-1):
-    """Share of the pairs in which a run of a is better; a tie counts half."""
-    a, b = np.moveaxis(a, axis, -1)[..., :, None], np.moveaxis(b, axis, -1)[..., None, :]
+    """Share of the pairs of runs in which that of a is better; a tie counts half."""
+    a, b = a[..., :, None], b[..., None, :]
     return ((a > b) + 0.5 * (a == b)).mean((-2, -1))
 
 
@@ -248,11 +247,13 @@ def compare(a, b) -> dict[str, float]:
         if a.std() + b.std() > 0:
             low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
         options = {"vectorized": True, "n_resamples": 9999, "rng": np.random.default_rng(0)}
-        p = stats.permutation_test((a, b), difference, **options).pvalue  # exact for few runs
+        p = stats.permutation_test(  # exact for few runs
+            (a, b), lambda a, b, axis: a.mean(axis) - b.mean(axis), **options
+        ).pvalue
         bootstrap = stats.bootstrap((a, b), improvement, method="percentile", **options)
         probability_low, probability_high = bootstrap.confidence_interval
     row = {"runs_a": len(a), "runs_b": len(b), "mean_a": a.mean(), "mean_b": b.mean()}
-    row |= {"difference": difference(a, b), "low": low, "high": high, "p": p}
+    row |= {"difference": a.mean() - b.mean(), "low": low, "high": high, "p": p}
     row |= {"probability": improvement(a, b), "probability_low": probability_low}
     return row | {"probability_high": probability_high}
 
@@ -316,35 +317,27 @@ def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
     return {n: {"color": colours[m], "linestyle": lines[rest[n]]} for n, m in models.items()}
 
 
-def thin_and_thick(axis, table: pd.DataFrame, name: str, **style) -> None:
-    """A thin line for each run, which is a column, a thick one for their mean where all have values
-    and, from five runs on, its 95% interval."""
-    for run in table:
-        axis.plot(table[run].dropna(), linewidth=0.8, alpha=0.4, **style)
-    runs, table = table.shape[1], table.dropna()
-    mean, half = table.mean(axis=1), stats.t.ppf(0.975, runs - 1) * table.sem(axis=1)
-    axis.plot(mean, linewidth=2.4, label=f"{name} ({runs})", zorder=3, **style)
-    if runs >= 5:
-        band = {"facecolor": style["color"], "alpha": 0.15, "linewidth": 0}
-        axis.fill_between(mean.index, mean - half, mean + half, **band)
-
-
-def label_steps(axis, unit: str, last: float) -> None:
-    """Labels the x axis, in thousands or millions where it is long."""
+def curves(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> None:
+    """Draws a thin line for each run of a panel, a thick one for the mean of a label's runs where
+    all have values and, from five runs on, its 95% interval."""
+    styles, last = styles or styles_of(runs), runs.time.max()
+    for name, some in runs.groupby("label"):
+        table, style = some.pivot(index="time", columns="run", values="return"), styles[name]
+        for run in table:
+            axis.plot(table[run].dropna(), linewidth=0.8, alpha=0.4, **style)
+        if "low" in some:  # an interval of each value
+            thin = {"color": style["color"], "linewidth": 0.8, "alpha": 0.4}
+            axis.vlines(some.time, some.low, some.high, **thin)
+        size, table = table.shape[1], table.dropna()
+        mean, half = table.mean(axis=1), stats.t.ppf(0.975, size - 1) * table.sem(axis=1)
+        axis.plot(mean, linewidth=2.4, label=f"{name} ({size})", zorder=3, **style)
+        if size >= 5:
+            band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+            axis.fill_between(mean.index, mean - half, mean + half, **band)
     scale, word = (1e3, " (thousands)") if last >= 1e4 else (1, "")
     scale, word = (1e6, " (millions)") if last >= 1e6 else (scale, word)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x / scale:g}")
-    axis.set_xlabel(unit + word)
-
-
-def curves(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> None:
-    """Draws the learning curves of these runs, which are of one panel."""
-    styles = styles or styles_of(runs)
-    for name, some in runs.groupby("label"):
-        table = some.pivot(index="time", columns="run", values="return")
-        thin_and_thick(axis, table, name, **styles[name])
-    label_steps(axis, runs.unit.iloc[0], runs.time.max())
-    axis.set_ylabel("return per episode")
+    axis.set(xlabel=runs.unit.iloc[0] + word, ylabel=runs.quantity.iloc[0])
 
 
 def dots(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> None:
@@ -361,45 +354,42 @@ def dots(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> Non
     axis.set_xlabel(f"mean return at {first:,} to {last:,} {runs.unit.iloc[0]}, a dot for a run")
 
 
-def finish(figure, title: str, file: Path) -> None:
-    """Puts the title above and the legend below, if lines have labels "name (runs)", and saves."""
-    lines, numbers = {}, defaultdict(set)
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
+def draw(panels: dict, title: str, file: Path, with_dots: bool = False, levels=None) -> None:
+    """A picture of the panels, title -> runs; levels: title -> text -> height of a dashed line."""
+    styles, same, lines = styles_of(pd.concat(panels.values())), {}, defaultdict(dict)
+    columns = 1 if with_dots or len(panels) == 1 else 2
+    height, rows = 1 + 0.27 * len(styles) if with_dots else 3, -(-len(panels) // columns)
+    figure = plt.figure(figsize=(9, 0.4 + height * rows), layout="constrained")
+    for i, (name, panel) in enumerate(panels.items(), start=1):
+        axis = figure.add_subplot(rows, columns, i)
+        (dots if with_dots else curves)(axis, panel, styles)
+        axis.set_title(name, fontsize=10)
+        for text, y in (levels or {}).get(name, {}).items():
+            axis.axhline(y, color="0.5", linewidth=1, linestyle="--", zorder=1)
+            place = {"transform": axis.get_yaxis_transform(), "va": "center", "color": "0.4"}
+            axis.text(1.01, y, text, fontsize=9, **place)
+        first = same.setdefault((panel.env_id.iloc[0], panel.quantity.iloc[0]), axis)  # one scale
+        if axis is not first:
+            (axis.sharex if with_dots else axis.sharey)(first)
+        first.autoscale_view()
         for line, text in zip(*axis.get_legend_handles_labels()):
-            name, runs = text[:-1].rsplit(" (", 1)
-            lines[name] = line
-            numbers[name].add(int(runs))
+            label, size = text[:-1].rsplit(" (", 1)
+            lines[label][int(size)] = line
     if lines:
-        texts = [f"{name} ({' to '.join(map(str, sorted(numbers[name])))})" for name in lines]
+        sizes = [" to ".join(map(str, sorted(of_panels))) for of_panels in lines.values()]
+        texts = [f"{label} ({size})" for label, size in zip(lines, sizes)]
         how = "thin: one run, thick: the mean of the runs (their number)"
-        how += ", band: 95% interval of the mean" * (max(map(max, numbers.values())) >= 5)
-        columns = max(1, 130 // (max(map(len, texts)) + 10))
-        place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
-        figure.legend(lines.values(), texts, title=how, **place)
-        figure.set_figheight(figure.get_figheight() + 0.4 + 0.22 * -(-len(texts) // columns))
-    figure.suptitle("\n".join(textwrap.wrap(title, 85)), x=0.01, ha="left", fontsize=12)
+        how += ", upright: 95% interval of a run" * ("low" in panel)
+        how += ", band: 95% interval of the mean" * (max(map(max, lines.values())) >= 5)
+        place = {"loc": "outside lower center", "ncols": max(1, 130 // (max(map(len, texts)) + 10))}
+        handles = [next(iter(of_panels.values())) for of_panels in lines.values()]
+        figure.legend(handles, texts, title=how, frameon=False, **place)
+        figure.set_figheight(0.8 + height * rows + 0.22 * -(-len(texts) // place["ncols"]))
+    default = "A dot is a run, a bar the mean of the runs" if with_dots else "Return while learning"
+    wrapped = "\n".join(textwrap.wrap(title or default, 85))
+    figure.suptitle(wrapped, x=0.01, ha="left", fontsize=12)
     figure.savefig(file, dpi=100)
     plt.close(figure)
-
-
-def draw(panels: dict[str, pd.DataFrame], title: str, file: Path, with_dots: bool = False) -> None:
-    """A picture of the panels, each with its own title."""
-    styles, first = styles_of(pd.concat(panels.values())), {}
-    columns = 1 if with_dots or len(panels) == 1 else 2
-    height = 1 + 0.27 * len(styles) if with_dots else 3
-    size = (9, 0.4 + height * -(-len(panels) // columns))
-    figure = plt.figure(figsize=size, layout="constrained")
-    for i, (name, panel) in enumerate(panels.items(), start=1):
-        axis = figure.add_subplot(-(-len(panels) // columns), columns, i)
-        axis.set_title(name, fontsize=10)
-        (dots if with_dots else curves)(axis, panel, styles)
-        same = first.setdefault(panel.env_id.iloc[0], axis)  # one scale for an environment
-        if axis is not same:
-            (axis.sharex if with_dots else axis.sharey)(same)
-        same.autoscale_view()
-    default = "A dot is a run, a bar the mean of the runs" if with_dots else "Return while learning"
-    finish(figure, title or default, file)
 
 
 def panels_of(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
