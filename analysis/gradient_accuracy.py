@@ -17,22 +17,24 @@ estimate: if the two agree with a similarity of c on average, no critic can scor
 the exact gradient. Runs of sac_hyper.py are measured with their deterministic policy; their critics
 count the entropy, which the return does not.
 
-Writes gradient_accuracy.csv, a row for each state, and a picture for each environment. The same
-command again measures only the checkpoints that the table lacks: delete it to measure runs that
-were trained afresh. The columns:
+Writes gradient_accuracy.csv, a row for each state. The same command again measures only what it
+lacks: delete it to measure runs that were trained afresh. Given in place of runs, or beside them,
+such a table is only drawn, in a panel of its own. From the checkpoints that all runs of a panel
+have, it draws gradient_accuracy.png and compares every two critics as plot.py does, by the mean of
+each run, in gradient_comparisons.csv (without step 0, where nothing is learned yet). The columns:
 - cosine_similarity, empty where a gradient is exactly 0, which counts as below every τ;
 - similarity_weighted, of both gradients times 1 - π(s)², the slope of the actor's tanh; empty, too,
   where that is 0 in every dimension;
 - similarity_of_two, of the two estimates of --repeat;
 - saturated, the share of the action's dimensions with |π(s)| > 0.95, where the tanh lets next to no
   gradient through and about half of the perturbed actions are clipped;
-- norm_true and norm_critic, in return per half width of the action's range.
+- norm_true and norm_critic, in return per half width of the action's range;
+- actor_lr of the run: with 0 the policy is fixed.
 """
 
 import functools
 import json
 import os
-import signal
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -46,31 +48,35 @@ import pandas as pd
 import torch
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
-from plot import COLOURS, plt
+from plot import comparisons, draw, end_quietly, find, note, rank, save
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sac_hyper
 import td3_hyper
-from hypernet import CRITICS
 from td3_hyper import act, make_env, q_value, stop
 
 # In place of a run's own arguments, whatever it was trained on
 HERE = {"device": "cpu", "cuda_graph": False, "track": False}
+TITLE = "How far the critics' action gradients are those of the return"
 STD = 0.3  # of the actions around π(s), which are in [-1, 1] (released)
 RUN = ["env_id", "critic", "seed"]
-SIMILARITIES = ["cosine_similarity", "similarity_weighted", "similarity_of_two"]
+CS = "cosine_similarity"
+SIMILARITIES = [CS, "similarity_weighted", "similarity_of_two"]
 SETTINGS = ["num_states", "num_actions", "hold", "repeat", "exp_name"]  # the same in every row
-COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "norm_true", "norm_critic", *SETTINGS]
+COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "norm_true", "norm_critic"]
+COLUMNS += ["actor_lr", *SETTINGS]
 
 
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run directories, or folders of them"""
+    """run directories, folders of them, or tables that are there already"""
     out: Path = Path("plots")
-    """folder of the table and the pictures"""
+    """folder of the tables and the picture"""
+    title: str = ""
+    """a sentence that says what the picture shows"""
     num_states: int = 15
     """states of a checkpoint (paper)"""
     num_actions: int = 15
@@ -106,16 +112,10 @@ def read_config(config: Path, *scripts) -> tuple:
 
 def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tuple]:
     """(env_id, model, seed) -> (script, its arguments, directory) of each run of the scripts."""
-    runs, experiments, configs = {}, set(), set()
-    for folder in folders:
-        if not (found := {file.resolve() for file in folder.rglob("config.json")}):
-            stop(f"{folder}: no run in there, a directory with a config.json")
-        configs |= found
-    if not configs:
-        stop("give run directories, or folders of them")
-    for config in sorted(configs):
+    runs, experiments = {}, set()
+    for config in find(folders, "config.json"):
         script, args = read_config(config, *scripts)
-        saved_steps(config.parent)
+        saved_steps(config.parent)  # exits if there are none
         run = (args.env_id, getattr(args, model), args.seed)
         experiments.add(args.exp_name)
         if len(experiments) > 1:
@@ -126,25 +126,38 @@ def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tu
     return runs
 
 
-def read_table(file: Path, columns: list[str], settings: dict) -> list[dict]:
-    """The rows measured so far; exits if that was with other settings."""
+def read_table(file: Path, columns: list[str], settings: dict | None = None) -> pd.DataFrame:
+    """A table with these columns. With `settings`, which it must have been measured with, it is the
+    one in --out, and may not be there yet."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        table = pd.read_csv(file, dtype={"exp_name": str})[columns]
-    except FileNotFoundError:
-        return []
+        if settings:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        if settings and not file.exists():
+            return pd.DataFrame(columns=columns)
+        table = pd.read_csv(file, dtype={"exp_name": str})
+        table[columns]
     except (OSError, ValueError, KeyError) as error:
-        stop(f"{file} cannot be used ({error}), choose another --out")
-    for name, value in settings.items():
+        stop(f"{file} cannot be used ({error})" + ", choose another --out" * bool(settings))
+    for name, value in (settings or {}).items():
         if not (table[name] == value).all():
             stop(f"{file} has another {name} than {value}, choose another --out")
-    return table.to_dict("records")
+    return table
 
 
-def save_table(file: Path, columns: list[str], key: list[str], rows: list[dict]) -> None:
-    """Writes all rows, in the order of `key`."""
-    table = pd.DataFrame(rows, columns=columns).sort_values(key)
-    td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
+def measure_missing(
+    file: Path, columns: list[str], key: list[str], settings: dict, todo: list[tuple], measure
+) -> pd.DataFrame:
+    """The table with the rows of all of `todo`, each named by `key`, that measure(*todo) gives for
+    those that it lacks; it is saved after each."""
+    rows = read_table(file, columns, settings).to_dict("records")
+    measured = {tuple(row[name] for name in key) for row in rows}
+    for names in tqdm([names for names in todo if names not in measured], disable=None):
+        rows += [dict(zip(key, names)) | row | settings for row in measure(*names)]
+        order = [name for name in (*key, "state") if name in columns]
+        table = pd.DataFrame(rows, columns=columns).sort_values(order)
+        td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
+    print(f"{file} has {len(rows)} rows")
+    return pd.DataFrame(rows, columns=columns)
 
 
 def check_env(run_args, num_actions: int) -> None:
@@ -300,82 +313,88 @@ def measure(agent, run_args, envs: list[gym.Env], args: Args, step: int) -> list
     return rows
 
 
-def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
-    """Fig. 3 for one environment, a curve for each critic; all states of its runs count alike."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
-    threshold, quarter, three_quarters, mean = axes.flat
-    tau = np.linspace(0, 1, 101)
-    for critic in [name for name in CRITICS if name in set(table.critic)]:
-        runs = table[table.critic == critic]
-        cs, style = runs.cosine_similarity, {"color": COLOURS[critic], "linewidth": 2}
-        above = (cs.to_numpy()[:, None] > tau).mean(0)
-        threshold.plot(tau, 100 * above, label=f"{critic} ({runs.seed.nunique()})", **style)
-        for axis, least in ((quarter, 0.25), (three_quarters, 0.75)):
-            axis.plot(100 * (cs > least).groupby(runs.step).mean(), marker=".", **style)
-        steps = cs.groupby(runs.step)
-        mean.plot(steps.mean(), marker=".", **style)
-        low, high = steps.quantile(0.25), steps.quantile(0.75)
-        mean.fill_between(low.index, low, high, color=COLOURS[critic], alpha=0.12, lw=0)
-    for axis in axes.flat:
-        axis.set(xlabel="environment steps", ylabel="states (%)")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.locator_params(axis="x", nbins=5)
-    threshold.set(title="(a) states above τ, all steps", xlabel="threshold τ", ylim=(0, None))
-    quarter.set(title="(b) states above τ = 0.25", ylim=(0, None))
-    three_quarters.set(title="(c) states above τ = 0.75", ylim=(0, None))
-    mean.set(title="(d) mean and interquartile range", ylabel="cosine similarity")
-    mean.axhline(0, color="black", linewidth=0.8)
-    threshold.legend(title="critic (runs)", frameon=False)
-    figure.suptitle(f"Cosine similarity of ∇Q and the gradient of the return, {env_id}")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def as_runs(table: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """The states of a table with the columns of plot.py's read(): `time` is the step, `phase` says
+    whether the actor learns, `goal` is the table; checkpoints that a run lacks are left out."""
+    table = table.reindex(columns=COLUMNS).rename(columns={"step": "time"})
+    policy = np.where(table.actor_lr > 0, "learning actor", "fixed policy")
+    table["phase"] = table.exp_name.where(table.actor_lr.isna(), policy)  # older tables
+    critics = pd.Categorical(table.critic, sorted(set(table.critic), key=rank), ordered=True)
+    table["run"] = f"{file} " + table.critic + table.seed.astype(str)
+    table = table.assign(label=critics, model=table.critic, goal=str(file), starts=0)
+    runs = table.groupby(["env_id", "phase"]).run.transform("nunique")
+    lacking = runs > table.groupby(["env_id", "phase", "time"]).run.transform("nunique")
+    if lacking.any():
+        steps = ", ".join(f"{step:,}" for step in sorted(set(table.time[lacking])))
+        note(f"{file}: not all runs have step {steps}: left out")
+    return table[~lacking]
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over all states of a critic; the error is the standard error of the mean similarity
-    between checkpoints, since the states of one are alike; the ratio of the norms is a median."""
-    cs, critics = "cosine_similarity", ["env_id", "critic"]
-    table = table.assign(**{f"above {tau}": table[cs] > tau for tau in (0.25, 0.75)})
-    means = table.groupby(critics)[[*SIMILARITIES, "above 0.25", "above 0.75", "saturated"]].mean()
-    means.insert(0, "states", table.groupby(critics).size())
-    means.insert(2, "error", table.groupby([*RUN, "step"])[cs].mean().groupby(critics).sem())
-    ratio = table.assign(norm_ratio=table.norm_critic / table.norm_true).groupby(critics).norm_ratio
-    return means.assign(norm_ratio=ratio.median()).dropna(axis="columns", how="all")
+def show(states: pd.DataFrame, args: Args) -> None:
+    """Draws and compares the runs of as_runs()."""
+    means, shares, levels, tau = {}, {}, {}, np.linspace(0, 1, 101)
+    columns = ["env_id", "phase", "goal", "label", "model", "run", "starts"]
+    runs = states.groupby([*columns, "time"])[SIMILARITIES].mean().reset_index()
+    runs = runs.assign(unit="environment steps", quantity=CS.replace("_", " "))
+    above = pd.DataFrame(states[[CS]].to_numpy() > tau, states.index, tau).mul(100)
+    above = pd.concat([states[columns], above], axis=1)[states.time > 0].groupby(columns).mean()
+    above = above.rename_axis(columns="time").stack().rename("return").reset_index()
+    above = above.assign(unit="threshold τ", quantity="states with a similarity above τ (%)")
+    for (env_id, policy, file), part in runs.groupby(["env_id", "phase", "goal"]):
+        name = f"{env_id}, {policy}"
+        name += f", {file}" * (name in means)
+        means[name] = part.rename(columns={CS: "return"})
+        shares[name + " "] = above[
+            (above.goal == file) & (above.phase == policy) & (above.env_id == env_id)
+        ]
+        best = np.sqrt(max(part.similarity_of_two[part.time > 0].mean(), 0))  # nan without --repeat
+        levels[name] = {"chance": 0} | ({"best\npossible": best} if best > 0 else {})
+    draw(means | shares, args.title or TITLE, args.out / "gradient_accuracy.png", levels=levels)
+    runs = runs.melt([*columns, "time"], SIMILARITIES[:2], "split", "return").dropna()
+    names = {"split": "similarity", "phase": "policy", "goal": "table"}
+    table = comparisons(runs).rename(columns=names)
+    save(table[table.measure == "curve"], args.out / "gradient_comparisons.csv")
+    states = states[states.time > 0].groupby(["goal", "env_id", "phase", "critic"])
+    print(states[[*SIMILARITIES, "saturated"]].mean().round(3).to_string())
+
+
+def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
+    """The rows of all checkpoints of the runs in there."""
+    runs = find_runs(folders, "critic", td3_hyper, sac_hyper)
+    for _, run_args, _ in runs.values():
+        check_env(run_args, args.num_actions)
+    settings = {name: (vars(args) | vars(run_args))[name] for name in SETTINGS}
+
+    def measure_checkpoint(*names) -> list[dict]:
+        script, run_args, run_dir = runs[names[:-1]]
+        envs = make_envs(run_args, args.num_states + args.num_actions)
+        dims = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+        agent = script.Agent(*dims, run_args)
+        load(agent, run_dir / f"step_{names[-1]}.pt")
+        rows = measure(agent, run_args, envs, args, names[-1])
+        tqdm.write(
+            f"{run_dir} step {names[-1]}: mean similarity {pd.DataFrame(rows)[CS].mean():.3f}"
+        )
+        sys.stdout.flush()
+        return [{"state": i, "actor_lr": run_args.actor_lr} | row for i, row in enumerate(rows)]
+
+    todo = [(*run, step) for run in sorted(runs) for step in saved_steps(runs[run][-1])]
+    table = args.out / "gradient_accuracy.csv", COLUMNS, [*RUN, "step"], settings
+    return measure_missing(*table, todo, measure_checkpoint)
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # batches of 15 gain nothing from more, and wait for busy cores
     mujoco.set_mju_user_warning(lambda message: None)  # each copy would repeat them
-    runs = find_runs(args.runs, "critic", td3_hyper, sac_hyper)
-    for _, run_args, _ in runs.values():
-        check_env(run_args, args.num_actions)
-    settings = {name: (vars(args) | vars(run_args))[name] for name in SETTINGS}
-    file = args.out / "gradient_accuracy.csv"
-    rows = read_table(file, COLUMNS, settings)
-    measured = {tuple(row[name] for name in [*RUN, "step"]) for row in rows}
-    saved = [(*run, step) for run in sorted(runs) for step in saved_steps(runs[run][-1])]
-    todo = [checkpoint for checkpoint in saved if checkpoint not in measured]
-    for *run, step in (bar := tqdm(todo, disable=None)):  # a bar on a terminal
-        script, run_args, run_dir = runs[tuple(run)]
-        envs = make_envs(run_args, args.num_states + args.num_actions)
-        dims = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-        agent = script.Agent(*dims, run_args)
-        load(agent, run_dir / f"step_{step}.pt")
-        new = measure(agent, run_args, envs, args, step)
-        names = dict(zip([*RUN, "step"], (*run, step)))
-        rows += [names | {"state": i} | row | settings for i, row in enumerate(new)]
-        save_table(file, COLUMNS, [*RUN, "step", "state"], rows)
-        mean = pd.DataFrame(new).cosine_similarity.mean()
-        bar.write(f"{run_dir} step {step}: mean similarity {mean:.3f}")
-        sys.stdout.flush()
-    table = pd.DataFrame(rows)
-    for env_id, of_env in table.groupby("env_id"):
-        name = env_id.replace("/", "-").replace(":", "-")
-        plot(env_id, of_env, args.out / f"gradient_accuracy_{name}.png")
-    print(summary(table).round(3).to_string())
-    print(f"{file} has {len(rows)} states, those of {len(todo)} checkpoints are new")
+    files = [path for path in args.runs if path.suffix == ".csv"]
+    tables = [read_table(file, [*RUN, "step", "exp_name", CS]) for file in files]
+    folders = [path for path in args.runs if path not in files]
+    if folders or not files:
+        files.append(args.out / "gradient_accuracy.csv")
+        tables.append(measure_runs(args, folders))
+    show(pd.concat(map(as_runs, tables, files), ignore_index=True), args)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
+    end_quietly()
     main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))

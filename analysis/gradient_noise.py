@@ -8,13 +8,13 @@ episodes of its own, with the run's goals and hyperparameters, and evaluates eac
 the test goals, always from the same starts and with the same action noise. How far the 50 returns
 spread stands for the noise of the gradient.
 
-Writes gradient_noise.csv, a row for each update, and for each family a violin plot of the runs side
-by side, their seeds apart. The same command again measures only what the table lacks: delete the
-table to measure runs that were trained afresh.
+Writes gradient_noise.csv, a row for each update. The same command again measures only what it
+lacks: delete it to measure runs that were trained afresh. Given in place of runs, such tables are
+only drawn. gradient_noise_spread.csv and gradient_noise.png have the standard deviation of each 50
+returns with its 95% interval (χ²).
 """
 
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,9 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from gradient_accuracy import find_runs, load, read_table, save_table, saved_steps
-from plot import COLOURS, plt
-from tqdm import tqdm
+from gradient_accuracy import find_runs, load, measure_missing, read_table, saved_steps
+from plot import AFTER, BEFORE, draw, end_quietly, rank, save
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -42,17 +42,17 @@ COLUMNS = [*KEY, "pre_return", "post_return", "kl", "exp_name"]  # a table has o
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run directories, or folders of them"""
+    """run directories, folders of them, or tables that are there already"""
     out: Path = Path("plots")
-    """folder of the table and the pictures"""
+    """folder of the tables and the picture"""
+    title: str = ""
+    """a sentence that says what the picture shows"""
     num_checkpoints: int = 4
     """stored policies of a run, evenly spread (paper)"""
     num_updates: int = 50
     """independent updates of each (paper)"""
 
     def __post_init__(self):
-        if not self.runs:
-            raise ValueError("give run directories, or folders of them")
         if min(self.num_checkpoints, self.num_updates) < 1:
             raise ValueError("--num-checkpoints and --num-updates must be at least 1")
 
@@ -97,61 +97,64 @@ class Task:
         return {"pre_return": pre, "post_return": post, "kl": result["kl"]}
 
 
-def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
-    """A violin for each run (model and seed) and checkpoint, before and after adaptation."""
-    runs = [(m, s) for m in COLOURS for s in sorted(table[table.model == m].seed.unique())]
-    iterations = sorted(table.iteration.unique())
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    for axis, phase, title in zip(axes, ("pre", "post"), ("before", "after")):
-        for (model, seed, iteration), rows in table.groupby(["model", "seed", "iteration"]):
-            place = (runs.index((model, seed)) - (len(runs) - 1) / 2) * 0.8 / len(runs)
-            position, width = [iterations.index(iteration) + place], 0.7 / len(runs)
-            values = rows[f"{phase}_return"]
-            violin = axis.violinplot(values, position, widths=width, showmeans=True)
-            for part in [*violin.pop("bodies"), *violin.values()]:
-                part.set_color(COLOURS[model])
-        for model in dict(runs):
-            axis.plot([], [], color=COLOURS[model], linewidth=6, alpha=0.5, label=model)
-        axis.set_xticks(range(len(iterations)), iterations)
-        axis.set(xlabel="iterations of training before the update", title=f"{title} adaptation")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("return of the updated policy")
-    axes[0].legend(frameon=False)
-    figure.suptitle(f"Independent updates of the same policy, {env_id}, seeds from left to right")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def spreads(table: pd.DataFrame) -> pd.DataFrame:
+    """The standard deviation of each policy's returns, before and after adaptation."""
+    names = ["env_id", "exp_name", "model", "seed", "iteration"]
+    table = table.rename(columns={"pre_return": BEFORE, "post_return": AFTER})
+    table = table.melt(names, [BEFORE, AFTER], "phase", "return").groupby([*names, "phase"])
+    table = table["return"].agg(updates="size", mean="mean", spread="std").reset_index()
+    table["phase"] = pd.Categorical(table.phase, [BEFORE, AFTER])
+    for name, share in (("low", 0.975), ("high", 0.025)):
+        chi2 = stats.chi2.ppf(share, table.updates - 1)
+        table[name] = table.spread * np.sqrt((table.updates - 1) / chi2)
+    return table.sort_values([*names[:3], "phase", *names[3:]])
+
+
+def show(table: pd.DataFrame, title: str, file: Path) -> None:
+    """Draws the spread over iterations with the panels of plot.py, by family and phase."""
+    models = pd.Categorical(table.model, sorted(set(table.model), key=rank), ordered=True)
+    run = table.exp_name + table.model + table.seed.astype(str)
+    table = table.rename(columns={"iteration": "time", "spread": "return"})
+    table = table.assign(label=models, run=run, unit="iterations before the updates")
+    table["quantity"] = "standard deviation of the return"
+    panels = {", ".join(names): part for names, part in table.groupby(["env_id", "phase"])}
+    draw(panels, title or "How far independent updates of one policy spread", file)
+
+
+def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
+    """The rows of all updates of the runs in there."""
+    runs, task_of = find_runs(folders, "model", maml_hyper), {}
+
+    def measure(*names) -> list[dict]:
+        *run, iteration, update = names
+        _, run_args, run_dir = runs[tuple(run)]
+        if (*run, iteration) not in task_of:
+            tune(run_args.device, run_args.precision)
+            task_of.clear()
+            task = Task(run_args)
+            task_of[*run, iteration] = task, load(task.policy, run_dir / f"step_{iteration}.pt")
+        task, weights = task_of[*run, iteration]
+        return [task.measure(weights, iteration, update)]
+
+    keep_freed_memory()
+    chosen = {run: chosen_iterations(runs[run][-1], args.num_checkpoints) for run in sorted(runs)}
+    todo = [(*r, i, n) for r in chosen for i in chosen[r] for n in range(args.num_updates)]
+    settings = {"exp_name": next(iter(runs.values()))[1].exp_name}
+    return measure_missing(args.out / "gradient_noise.csv", COLUMNS, KEY, settings, todo, measure)
 
 
 def main(args: Args) -> None:
-    runs = find_runs(args.runs, "model", maml_hyper)
-    exp_name = next(iter(runs.values()))[1].exp_name
-    file = args.out / "gradient_noise.csv"
-    rows = read_table(file, COLUMNS, {"exp_name": exp_name})
-    measured = {tuple(row[name] for name in KEY) for row in rows}
-    keep_freed_memory()
-    for run, (_, run_args, run_dir) in sorted(runs.items()):
-        tune(run_args.device, run_args.precision)
-        task, chosen = None, chosen_iterations(run_dir, args.num_checkpoints)
-        print(f"{run_dir}: {len(chosen)} of its {len(saved_steps(run_dir))} stored policies")
-        for iteration in chosen:
-            keys = [(*run, iteration, update) for update in range(args.num_updates)]
-            todo = [key for key in keys if key not in measured]
-            if not todo:
-                continue
-            task = task or Task(run_args)
-            weights = load(task.policy, run_dir / f"step_{iteration}.pt")
-            for key in tqdm(todo, desc=" ".join(map(str, keys[0][:4])), disable=None):
-                new = task.measure(weights, iteration, update=key[-1])
-                rows.append(dict(zip(KEY, key)) | new | {"exp_name": exp_name})
-                save_table(file, COLUMNS, KEY, rows)
-            new = [row["post_return"] for row in rows if tuple(row[n] for n in KEY) in keys]
-            print(f"iteration {iteration}: test returns {np.mean(new):.1f} ± {np.std(new):.1f}")
-            sys.stdout.flush()
-    for env_id, table in pd.DataFrame(rows).groupby("env_id"):
-        plot(env_id, table, args.out / f"gradient_noise_{env_id}.png")
-    print(f"{file} has {len(rows)} updates")
+    files = [path for path in args.runs if path.suffix == ".csv"]
+    tables = [read_table(file, COLUMNS) for file in files]
+    folders = [path for path in args.runs if path not in files]
+    if folders or not files:
+        tables.append(measure_runs(args, folders))
+    table = spreads(pd.concat(tables))
+    save(table, args.out / "gradient_noise_spread.csv")
+    show(table, args.title, args.out / "gradient_noise.png")
+    print(table.round(2).to_string(index=False))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
+    end_quietly()
     main(tyro.cli(Args, description=__doc__))

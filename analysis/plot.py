@@ -2,25 +2,24 @@
 
     python analysis/plot.py runs/td3_hyper --title "TD3 on HalfCheetah"
 
-Reads eval.csv and config.json of the runs, in {exp_name}/{env_id}/{model}/seed{seed}/, and writes
-- learning_curves.png: a thin line for each run, a thick one for the mean of those with one label
-  and, from five runs on, the t-distribution's 95% interval; meta-RL: on the test goals;
+Reads eval.csv and config.json of the runs, in {exp_name}/{env_id}/{model}/seed{seed}/. A run's
+label is its model and the arguments that differ between runs of one model. Writes
+- learning_curves.png: the return (meta-RL: on test goals), a thin line for each run, a thick one
+  for the mean of a label and, from five runs on, its 95% interval (t-distribution);
 - train_test_{env_id}.png: meta-RL's training and test goals side by side (Fig. 7);
-- dots.png in place of these with --dots: a dot for each run, a bar for the mean of a label;
-- final_scores.csv: the scores of each label; comparisons.csv: those of every two labels.
+- dots.png, in place of these with --dots: the mean of the curve, a dot for each run;
+- final_scores.csv: the scores of each label; comparisons.csv: every two labels compared.
 
-A label is the model and the arguments that differ between runs of one model. The numbers:
+The numbers, over the evaluations that all runs in question have, of which `last` is the last:
 - final: mean of a run's evaluations in the last 10% of its steps (meta-RL: of its iterations);
-- curve: mean of its evaluations after the random steps (meta-RL: after iteration 0). Both are taken
-  over the evaluations that all runs in question have;
-- low and high: Welch's 95% interval of the difference a - b of the means over runs; p: two-sided
-  permutation test; probability: that a run of a is better than one of b, with its bootstrap 95%
-  interval. They are empty where a side has one run;
-- normalised: (final - first) / (final - first of the baseline), where first is the first evaluation
-  and the baseline the label of mlp or vanilla with the best final score (meta-RL: after
-  adaptation); gain_percent: 100 (normalised - 1); reached_at_percent: where the mean curve first
-  reaches the baseline's final score, in percent of the baseline's steps. Empty unless the baseline
-  has learned, by more than the standard deviation of its final scores over runs.
+- curve: mean of its evaluations after the random steps (meta-RL: after iteration 0);
+- low, high: Welch's 95% interval over runs of a - b; p: its two-sided permutation test;
+- probability: that a run of a is better than one of b, with its bootstrap 95% interval;
+- normalised: (final - first) / (baseline's final - first), where first is the baseline's first
+  evaluation. The baseline is the label of mlp or vanilla with the best final score (meta-RL: after
+  adaptation). Empty if it has not learned: final - first must exceed the standard deviation of
+  final over its runs. gain_percent: 100 (normalised - 1). reached_at_percent: the step where the
+  mean first reaches the baseline's final score, in percent of the baseline's steps.
 """
 
 import itertools
@@ -44,29 +43,24 @@ from scipy import stats
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# A model has one colour in every picture, hypernetworks orange. The order is that of legends and
-# tables.
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+
+# A model has one colour in every picture; legends and tables have this order.
 COLOURS = {"sa-hyper": "#d55e00", "hyper": "#d55e00", "as-hyper": "#009e73", "context": "#0072b2"}
 COLOURS |= {"d2rl": "#8c8c8c", "resnet35": "#cc79a7", "resnet-features": "#7b4b2a"}
 COLOURS |= {"mlp-large": "#0072b2", "mlp-small": "#56b4e9", "mlp": "#000000", "vanilla": "#000000"}
 OTHERS = ["#6a3d9a", "#808000", "#8b0000", "#20b2aa"]  # of models that this project does not have
 LINES = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4))]
 
-# Arguments that are not named in a label, since they do not change what is learned, ...
-UNNAMED = {"model", "critic", "env_id", "seed", "exp_name", "runs_dir", "device", "cuda_graph"}
-UNNAMED |= {"track", "checkpoint_every", "save_every", "eval_every", "eval_episodes"}
-UNNAMED |= {"total_timesteps", "num_iterations"}
-# ... those of hypernetworks alone, and one that only this algorithm has
-HYPER = {"hyper_init", "primary_widths", "dynamic_width"}
+# Arguments that a label never names, since they are in it already or change nothing
+UNNAMED = set("model critic env_id seed exp_name runs_dir device cuda_graph track".split())
+UNNAMED |= set("checkpoint_every save_every eval_every eval_episodes".split())
+UNNAMED |= set("total_timesteps num_iterations".split())
+HYPER = {"hyper_init", "primary_widths", "dynamic_width"}  # not named where they have no effect
 ALGORITHMS = {"policy_frequency": "TD3", "autotune": "SAC", "max_kl": "MAML", "latent_dim": "PEARL"}
-WORDS = {
-    "learning_starts": "{} random steps",
-    "hyper_init": "init {}",
-    "precision": "{}",
-    "context": "{} context",
-    "algorithm": "{}",
-    "env_kwargs": "{}",
-}
+WORDS = {"algorithm": "{}", "precision": "{}", "context": "{} context", "hyper_init": "init {}"}
+WORDS |= {"learning_starts": "{} random steps"}
+
 PLACE = ["env_id", "split", "phase", "goal"]
 BEFORE, AFTER = "before adaptation", "after adaptation"
 DIRECTIONS = {-1: "backward", 1: "forward"}
@@ -81,13 +75,9 @@ class Args:
     title: str = ""
     """a sentence that says what the picture shows"""
     dots: bool = False
-    """one dot for each run instead of its curve"""
+    """draw one dot for each run instead of its curve"""
     ignore: tuple[str, ...] = ()
-    """arguments that differ and that labels do not name: their runs are taken together"""
-
-    def __post_init__(self):
-        if not self.runs:
-            raise ValueError("give run directories, or folders of them")
+    """arguments that labels do not name, so that runs with either value are taken together"""
 
 
 def note(message: str) -> None:
@@ -101,24 +91,27 @@ def stop(message: str) -> NoReturn:
 
 
 def end_quietly() -> None:
-    """Lets Ctrl-C and a pipe whose reader is gone end the process without a traceback."""
+    """No tracebacks at Ctrl-C, when nobody reads the output any more, or when it is closed."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which nohup and & leave
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
 
 
 def find(folders: tuple[Path, ...], name: str) -> list[Path]:
-    """The files of that name, each once, by the first path that leads to it through links."""
+    """The files of that name, each once, by the first path that leads to it; follows links."""
     found = {}
+    if not folders:
+        stop("give run directories, or folders of them")
     for folder in folders:
         files, seen = [], set()
         for place, below, names in os.walk(folder, followlinks=True):
-            if (real := os.path.realpath(place)) in seen:  # a link to a folder that is in here
-                below.clear()
-                continue
-            seen.add(real)
             below.sort()
-            files += [Path(place, name)] * (name in names)
+            if (real := os.path.realpath(place)) in seen:  # a link to what is in this folder
+                below.clear()
+            elif name in names:
+                files.append(Path(place, name))
+            seen.add(real)
         if not files:
             stop(f"{folder}: no {name} in there")
         for file in files:
@@ -126,120 +119,104 @@ def find(folders: tuple[Path, ...], name: str) -> list[Path]:
     return list(found.values())
 
 
-def number(value: float) -> str:
-    """As people write it: 10,000, 0.1, 3e-4."""
-    if isinstance(value, int) or not 0 < abs(value) < 0.01:
-        return f"{value:,}" if isinstance(value, int) else f"{value:g}"
-    mantissa, exponent = f"{value:.3e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
 def in_words(name: str, value) -> str:
-    """An argument as a label says it; empty if there is nothing to say."""
+    """An argument as people write it (10,000, 0.1, 3e-4); empty if there is nothing to say."""
     words = name.replace("_", " ")
     if name == "num_adapt_steps":
         return f"{value or 'no'} inner step{'s' * (value > 1)}"
     if isinstance(value, bool):
         return words if value else f"no {words}"
-    if isinstance(value, dict):
-        value = " ".join(f"{key} {item}" for key, item in value.items())
-        return value
+    if isinstance(value, dict):  # env_kwargs
+        return " ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, list):
         value = "-".join(map(str, value))
-    if isinstance(value, (int, float)):
-        value = number(value)
+    elif isinstance(value, float):
+        mantissa, exponent = f"{value:.3e}".split("e")
+        short = f"{float(mantissa):g}e{int(exponent)}"
+        value = short if 0 < abs(value) < 0.01 else f"{value:g}"
+    elif isinstance(value, int):
+        value = f"{value:,}"
     return WORDS.get(name, words + " {}").format(value)
-
-
-def named(model: str, args: dict, ignore: tuple[str, ...]) -> dict[str, str]:
-    """Those of a run's arguments that a label may name, in words."""
-    left_out = UNNAMED | {name.replace("-", "_") for name in ignore}
-    if "hyper" not in model and model != "resnet-features":
-        left_out |= HYPER
-    if args.get("buffer_size", 0) >= args.get("total_timesteps", np.inf):
-        left_out.add("buffer_size")  # it never gets full
-    if args.get("num_adapt_steps") == 0:
-        left_out |= {"inner_lr", "first_order"}
-    algorithm = next((name for flag, name in ALGORITHMS.items() if flag in args), None)
-    args = {"algorithm": algorithm} | args
-    kept = {name: value for name, value in args.items() if name not in left_out}
-    return {name: in_words(name, value) for name, value in kept.items() if value is not None}
 
 
 def label(runs: list[tuple[str, str, dict]], ignore: tuple[str, ...] = ()) -> list[str]:
     """The label of each run, given as (env_id, model, arguments): "mlp, critic lr 1e-3".
 
     It names every argument that differs between runs of one model in one environment, with other
-    models, too. What a run does not have in its config.json counts as the same.
+    models, too. An argument that a run's config.json lacks counts as the same.
     """
-    words, values = [named(model, args, ignore) for _, model, args in runs], defaultdict(set)
-    for (env_id, model, _), arguments in zip(runs, words):
-        for name, value in arguments.items():
-            algorithm = None if name == "algorithm" else arguments.get("algorithm")
-            values[env_id, model, algorithm, name].add(value)
+    words, values = [], defaultdict(set)
+    for env_id, model, args in runs:
+        left_out = UNNAMED | {name.replace("-", "_") for name in ignore}
+        if "hyper" not in model and model != "resnet-features":
+            left_out |= HYPER
+        if args.get("buffer_size", 0) >= args.get("total_timesteps", np.inf):
+            left_out |= {"buffer_size"}  # it never gets full
+        if args.get("num_adapt_steps") == 0:
+            left_out |= {"inner_lr", "first_order"}
+        algorithm = next((name for flag, name in ALGORITHMS.items() if flag in args), None)
+        named = {"algorithm": algorithm} | {n: v for n, v in args.items() if n not in left_out}
+        words.append({n: in_words(n, v) for n, v in named.items() if v is not None})
+        for name, value in words[-1].items():
+            values[env_id, model, name != "algorithm" and algorithm, name].add(value)
     differ = {name for (*_, name), different in values.items() if len(different) > 1}
     parts = [[value for name, value in some.items() if name in differ and value] for some in words]
     return [", ".join([model, *more]) for (_, model, _), more in zip(runs, parts)]
 
 
-def read_run(file: Path) -> pd.DataFrame:
-    """A run's mean return over episodes: columns split, phase, goal, time, return, unit.
+def rank(model: str) -> int:
+    """Its place in legends and tables."""
+    return [*COLOURS, model].index(model)
 
-    Meta-RL: over the goals of a split and, where there are two directions, for each as well.
-    """
-    table = pd.read_csv(file)
+
+def read_run(file: Path) -> pd.DataFrame:
+    """Mean returns: columns split, phase, goal, time, unit of time, return. The goal is empty for
+    the mean over all of them; where there are two directions, each has its rows as well."""
+    table = pd.read_csv(file).rename(columns={"iteration": "time"}).assign(unit="iterations")
     if "global_step" in table:
-        table = table.rename(columns={"global_step": "time"})
-        table = table.assign(split="", phase="", goal="", unit="environment steps")
-    else:
-        table = table.rename(columns={"iteration": "time"}).assign(unit="iterations")
-    if not {"time", "split", "phase", "goal", "return"} <= set(table):
-        raise ValueError("not the columns of an eval.csv")
-    table["phase"] = table.phase.replace({"pre": BEFORE, "post": AFTER})
-    tables = [table.assign(goal="")]
-    if set(table.goal) == set(DIRECTIONS):
-        tables.append(table.assign(goal=table.goal.map(DIRECTIONS)))
-    by = ["split", "phase", "goal", "time", "unit"]
-    return pd.concat(tables).groupby(by, as_index=False)["return"].mean()
+        table = table.rename(columns={"global_step": "time"}).assign(unit="environment steps")
+        table = table.assign(split="", phase="", goal="")
+    table = table.assign(phase=table.phase.replace({"pre": BEFORE, "post": AFTER}))
+    directions = [table.assign(goal=table.goal.map(DIRECTIONS))] * (set(table.goal) == {-1, 1})
+    table = pd.concat([table.assign(goal=""), *directions])
+    return table.groupby([*PLACE[1:], "time", "unit"], as_index=False)["return"].mean()
 
 
 def read(folders: tuple[Path, ...], ignore: tuple[str, ...] = ()) -> pd.DataFrame:
-    """A row for each evaluation of each run: env_id, model, label, run (its path), starts (its
-    random steps), and the columns of read_run()."""
+    """A row for each evaluation of each run: env_id, model, label, run (its directory), starts (its
+    random steps) and the columns of read_run()."""
     tables, runs = [], []
     for file in find(folders, "eval.csv"):
         run = file.parent
         *_, env_id, model, seed = Path(os.path.abspath(run)).parts
         if not re.fullmatch(r"seed\d+", seed):
             stop(f"{file}: must be in exp_name/env_id/model/seedN/")
-        config, args = run / "config.json", {}
         try:
-            table = read_run(file)
-            if config.exists():
-                args = dict(json.loads(config.read_text())["args"])
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            stop(f"{run}: eval.csv or config.json cannot be used: {error!r}")
+            table, config = read_run(file), run / "config.json"
+            args = dict(json.loads(config.read_text())["args"]) if config.exists() else {}
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            stop(f"{run}: its eval.csv or config.json is not that of a run: {error!r}")
         if table.empty:
             note(f"not evaluated yet: {run}")
             continue
         if not (run / "summary.json").exists():
             note(f"unfinished: {run}, evaluated up to {table.time.max()}")
         names = {"env_id": env_id, "model": model, "run": str(run)}
-        tables.append(table.assign(**names, starts=args.get("learning_starts", 0)))
+        starts = args.get("learning_starts", 0)
+        tables.append(table.assign(**names, starts=starts, quantity="return per episode"))
         runs.append((env_id, model, args))
     if not tables:
         stop("no run in there has been evaluated yet")
     labels = label(runs, ignore)
-    order = [*COLOURS, *sorted({model for _, model, _ in runs} - set(COLOURS))]
-    keys = sorted((order.index(model), name) for (_, model, _), name in zip(runs, labels))
+    order = sorted({(rank(run[1]), run[1], name) for run, name in zip(runs, labels)})
     table = pd.concat([t.assign(label=name) for t, name in zip(tables, labels)], ignore_index=True)
-    table["label"] = pd.Categorical(table.label, list(dict.fromkeys(name for _, name in keys)))
-    for column, values in (("split", ["", "test", "train"]), ("phase", ["", BEFORE, AFTER])):
+    orders = {"label": [name for *_, name in order]}
+    orders |= {"split": ["", "train", "test"], "phase": ["", BEFORE, AFTER]}
+    for column, values in orders.items():
         table[column] = pd.Categorical(table[column], values, ordered=True)
     for env_id, group in table.groupby("env_id"):
         if group.groupby("time").run.nunique().min() < group.run.nunique():
-            what = "a mean, a score or a comparison uses the evaluations that all its runs have"
-            note(f"{env_id}: the runs have different evaluations, and {what}")
+            note(f"{env_id}: the runs have different evaluations; means use those that all have")
     return table
 
 
@@ -250,145 +227,122 @@ def in_common(runs: pd.DataFrame) -> pd.DataFrame:
 
 def measure(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each of these runs: label, final, curve."""
-    table = in_common(runs)
-    last = table.index.max() if len(table) else 0
-    return pd.DataFrame(
-        {
-            "label": runs.groupby("run").label.first(),
-            "final": table[10 * table.index >= 9 * last].mean(),
-            "curve": table[table.index > runs.starts.max()].mean(),
-        }
-    )
+    returns, labels = in_common(runs), runs.groupby("run").label.first()
+    final = returns[10 * returns.index >= 9 * returns.index.max()].mean()
+    curve = returns[returns.index > runs.starts.max()].mean()
+    return pd.DataFrame({"label": labels, "final": final, "curve": curve})
 
 
-def difference_of_means(a, b, axis=-1):
-    return np.mean(a, axis) - np.mean(b, axis)
-
-
-def probability_of_improvement(a, b, axis=-1):
-    """P(A > B), a tie counts half."""
-    a, b = np.moveaxis(a, axis, -1)[..., :, None], np.moveaxis(b, axis, -1)[..., None, :]
+def improvement(a, b, axis=-1):
+    """Share of the pairs of runs in which that of a is better; a tie counts half."""
+    a, b = a[..., :, None], b[..., None, :]
     return ((a > b) + 0.5 * (a == b)).mean((-2, -1))
 
 
 def compare(a, b) -> dict[str, float]:
-    """Compares the scores of the runs of two labels."""
+    """Compares two sets of runs by their scores; the intervals are nan if one has a single run."""
     a, b = np.asarray(a, float), np.asarray(b, float)
+    low = high = p = probability_low = probability_high = np.nan
+    if min(len(a), len(b)) > 1:
+        if a.std() + b.std() > 0:
+            low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+        options = {"vectorized": True, "n_resamples": 9999, "rng": np.random.default_rng(0)}
+        p = stats.permutation_test(  # exact for few runs
+            (a, b), lambda a, b, axis: a.mean(axis) - b.mean(axis), **options
+        ).pvalue
+        bootstrap = stats.bootstrap((a, b), improvement, method="percentile", **options)
+        probability_low, probability_high = bootstrap.confidence_interval
     row = {"runs_a": len(a), "runs_b": len(b), "mean_a": a.mean(), "mean_b": b.mean()}
-    row |= {"difference": a.mean() - b.mean(), "low": np.nan, "high": np.nan, "p": np.nan}
-    row["probability"] = probability_of_improvement(a, b)
-    row |= {"probability_low": np.nan, "probability_high": np.nan}
-    if min(len(a), len(b)) < 2:
-        return row
-    if a.std() + b.std() > 0:
-        row["low"], row["high"] = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    seeded = {"vectorized": True, "rng": np.random.default_rng(0)}
-    # Exact where there are fewer ways to divide the runs.
-    test = stats.permutation_test((a, b), difference_of_means, n_resamples=9999, **seeded)
-    bootstrap = {"method": "percentile", "n_resamples": 9999, "batch": 999, **seeded}
-    interval = stats.bootstrap((a, b), probability_of_improvement, **bootstrap).confidence_interval
-    return row | {
-        "p": test.pvalue,
-        "probability_low": interval.low,
-        "probability_high": interval.high,
-    }
+    row |= {"difference": a.mean() - b.mean(), "low": low, "high": high, "p": p}
+    row |= {"probability": improvement(a, b), "probability_low": probability_low}
+    return row | {"probability_high": probability_high}
 
 
 def comparisons(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for both measures of every two labels."""
     rows = []
     for place, group in runs.groupby(PLACE):
-        of_label = dict(list(group.groupby("label")))
-        for a, b in itertools.combinations(of_label, 2):
-            both = pd.concat([of_label[a], of_label[b]])
+        for pair in itertools.combinations(group.label.sort_values().unique(), 2):
+            both = group[group.label.isin(pair)]
             scores, last = measure(both), in_common(both).index.max()
             for name in ("final", "curve"):
-                sides = [scores[name][scores.label == side].dropna() for side in (a, b)]
+                sides = [scores[name][scores.label == side].dropna() for side in pair]
                 if all(map(len, sides)):
-                    names = {"measure": name, "last": last, "a": a, "b": b}
+                    names = {"measure": name, "last": last, "a": pair[0], "b": pair[1]}
                     rows.append(dict(zip(PLACE, place)) | names | compare(*sides))
-    return pd.DataFrame(rows)
+    columns = [*PLACE, "measure", "last", "a", "b", *compare([0], [0])]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def baseline(runs: pd.DataFrame) -> tuple[float, float, float] | None:
-    """First and final score of the baseline and its last evaluation; None if it has not learned."""
-    runs = runs[runs.model.isin(("mlp", "vanilla")) & (runs.split != "train")]
-    found = []
-    for _, some in runs[runs.phase == runs.phase.max()].groupby("label"):
-        table, finals = in_common(some), measure(some).final
-        first = table.iloc[:1].mean(axis=None)
-        learned = finals.mean() - first > finals.std()
-        found.append((finals.mean(), first, table.index.max(), learned))
-    final, first, last, learned = max(found, default=(0, 0, 0, False))
-    return (first, final, last) if learned else None
+def against(baseline: pd.DataFrame, runs: pd.DataFrame) -> dict[str, float | str]:
+    """Scores of a label's runs relative to those of the baseline; none if it has not learned."""
+    times = in_common(baseline).index.intersection(in_common(runs).index)
+    baseline, runs = (table[table.time.isin(times)] for table in (baseline, runs))
+    first, finals = in_common(baseline).head(1).mean(axis=None), measure(baseline).final
+    gain = finals.mean() - first
+    if not gain > finals.std():  # nan for one run
+        return {}
+    score = (measure(runs).final.mean() - first) / gain
+    reached = times[(in_common(runs).mean(axis=1) - first) / gain >= 1 - 1e-9]  # rounding
+    at = f"{100 * reached[0] / times.max():.4g}" if len(reached) else "not reached"
+    percent = round(100 * (score - 1), 9) + 0.0  # not -0
+    return {"normalised": score, "gain_percent": percent, "reached_at_percent": at}
 
 
 def final_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each label of each environment, split, phase and goal."""
     rows = []
     for (env_id, goal), group in runs.groupby(["env_id", "goal"]):
-        scale = baseline(group)
+        mlp = group[group.model.isin(("mlp", "vanilla")) & (group.split != "train")]
+        mlp = [some for _, some in mlp[mlp.phase == mlp.phase.max()].groupby("label")]
+        baseline = max(mlp, key=lambda some: measure(some).final.mean(), default=None)
         for (split, phase, name), some in group.groupby(["split", "phase", "label"]):
-            scores, table = measure(some), in_common(some)
-            final, last = scores.final.mean(), table.index.max()
+            scores, last = measure(some), in_common(some).index.max()
             row = {"env_id": env_id, "split": split, "phase": phase, "goal": goal, "label": name}
-            row |= {"runs": len(scores), "last": last, "final": final, "curve": scores.curve.mean()}
-            row |= {"normalised": np.nan, "gain_percent": np.nan, "reached_at_percent": ""}
-            if scale and split != "train":
-                first, top, steps = scale
-                row["normalised"] = (final - first) / (top - first)
-                row["gain_percent"] = round(100 * (row["normalised"] - 1), 9) + 0.0  # not -0
-                mean = (table.mean(axis=1) - first) / (top - first)
-                reached = mean.index[mean >= 1 - 1e-9]  # rounding
-                at = f"{100 * reached[0] / steps:.4g}" if len(reached) else "not reached"
-                row["reached_at_percent"] = at
+            row |= {"runs": len(scores), "last": last, **scores[["final", "curve"]].mean()}
+            if baseline is not None and split != "train":
+                row |= against(baseline, some)
             rows.append(row | {"finals": " ".join(f"{score:.6g}" for score in scores.final)})
-    return pd.DataFrame(rows)
+    columns = [*PLACE, "label", "runs", "last", "final", "curve", "normalised", "gain_percent"]
+    return pd.DataFrame(rows, columns=[*columns, "reached_at_percent", "finals"])
 
 
 def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
-    """Colour (the model) and line style (the rest of the label) of each label."""
+    """Colour (the model) and line style (the rest of the label, solid for most runs) of a label."""
     models = runs.groupby("label").model.first()
     others = dict(zip(sorted(set(models) - set(COLOURS)), itertools.cycle(OTHERS)))
     rest = {name: name.removeprefix(model) for name, model in models.items()}
-    common = (
-        runs.groupby("run").label.first().map(rest).value_counts().index
-    )  # solid: the most runs
-    lines = dict(zip(common, itertools.cycle(LINES)))
-    colours = COLOURS | others
+    counts = runs.groupby("run").label.first().astype(str).map(rest).value_counts()
+    lines, colours = dict(zip(counts.index, itertools.cycle(LINES))), COLOURS | others
     return {n: {"color": colours[m], "linestyle": lines[rest[n]]} for n, m in models.items()}
 
 
-def label_steps(axis, unit: str, last: float) -> None:
-    """Numbers the x axis in thousands or millions."""
+def curves(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> None:
+    """Draws a thin line for each run of a panel, a thick one for the mean of a label's runs where
+    all have values and, from five runs on, its 95% interval."""
+    styles, last = styles or styles_of(runs), runs.time.max()
+    for name, some in runs.groupby("label"):
+        table, style = some.pivot(index="time", columns="run", values="return"), styles[name]
+        for run in table:
+            axis.plot(table[run].dropna(), linewidth=0.8, alpha=0.4, **style)
+        if "low" in some:  # an interval of each value
+            thin = {"color": style["color"], "linewidth": 0.8, "alpha": 0.4}
+            axis.vlines(some.time, some.low, some.high, **thin)
+        size, table = table.shape[1], table.dropna()
+        mean, half = table.mean(axis=1), stats.t.ppf(0.975, size - 1) * table.sem(axis=1)
+        axis.plot(mean, linewidth=2.4, label=f"{name} ({size})", zorder=3, **style)
+        if size >= 5:
+            band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+            axis.fill_between(mean.index, mean - half, mean + half, **band)
     scale, word = (1e3, " (thousands)") if last >= 1e4 else (1, "")
     scale, word = (1e6, " (millions)") if last >= 1e6 else (scale, word)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x / scale:g}")
-    axis.set_xlabel(unit + word)
-
-
-def curves(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> None:
-    """Return over time, a thin line for each run and a thick one for the mean of each label."""
-    styles = styles or styles_of(runs)
-    for name, some in runs.groupby("label"):
-        for _, run in some.sort_values("time").groupby("run"):
-            axis.plot(run.time, run["return"], linewidth=0.8, alpha=0.4, **styles[name])
-        table = in_common(some)
-        mean, number_of_runs = table.mean(axis=1), table.shape[1]
-        text = f"{name} ({number_of_runs})"
-        axis.plot(mean, linewidth=2.4, label=text, zorder=3, **styles[name])
-        if number_of_runs >= 5:
-            half = stats.t.ppf(0.975, number_of_runs - 1) * table.sem(axis=1)
-            colour = styles[name]["color"]
-            axis.fill_between(mean.index, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
-    label_steps(axis, runs.unit.iloc[0], runs.time.max())
-    axis.set_ylabel("return per episode")
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set(xlabel=runs.unit.iloc[0] + word, ylabel=runs.quantity.iloc[0])
 
 
 def dots(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> None:
-    """Mean of the curve: a dot for each run and a bar for the mean of each label, sorted."""
-    styles, table = styles or styles_of(runs), in_common(runs)
+    """Draws the mean of the curve of these runs, labels sorted, at the evaluations all have."""
+    styles, times = styles or styles_of(runs), in_common(runs).index
     groups = dict(list(measure(runs).groupby("label").curve))
     names = sorted(groups, key=lambda name: groups[name].mean())
     for y, name in enumerate(names):
@@ -396,57 +350,53 @@ def dots(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> Non
         axis.plot(values, [y] * len(values), "o", color=colour, alpha=0.5, markeredgewidth=0)
         axis.plot([values.mean()] * 2, [y - 0.35, y + 0.35], color=colour, linewidth=2.4)
     axis.set_yticks(range(len(names)), [f"{name} ({len(groups[name])})" for name in names])
-    times = [number(int(t)) for t in table.index[table.index > runs.starts.max()][[0, -1]]]
-    axis.set_xlabel(f"mean return at {' to '.join(times)} {runs.unit.iloc[0]}")
-    axis.spines[["top", "right"]].set_visible(False)
+    first, last = times[times > runs.starts.max()][[0, -1]]
+    axis.set_xlabel(f"mean return at {first:,} to {last:,} {runs.unit.iloc[0]}, a dot for a run")
 
 
-def draw(panels: dict[str, pd.DataFrame], title: str, file: Path, with_dots: bool = False) -> None:
-    """A picture of the panels, each with its title."""
-    runs = pd.concat(panels.values())
-    styles = styles_of(runs)
+def draw(panels: dict, title: str, file: Path, with_dots: bool = False, levels=None) -> None:
+    """A picture of the panels, title -> runs; levels: title -> text -> height of a dashed line."""
+    styles, same, lines = styles_of(pd.concat(panels.values())), {}, defaultdict(dict)
     columns = 1 if with_dots or len(panels) == 1 else 2
-    rows = -(-len(panels) // columns)
-    height = 1 + 0.27 * runs.label.nunique() if with_dots else 3.1
-    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained")
-    figure.set_size_inches(9, rows * height + 1.2)
-    for axis, (name, panel) in zip(axes.flat, panels.items()):
+    height, rows = 1 + 0.27 * len(styles) if with_dots else 3, -(-len(panels) // columns)
+    figure = plt.figure(figsize=(9, 0.4 + height * rows), layout="constrained")
+    for i, (name, panel) in enumerate(panels.items(), start=1):
+        axis = figure.add_subplot(rows, columns, i)
         (dots if with_dots else curves)(axis, panel, styles)
         axis.set_title(name, fontsize=10)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for _, group in itertools.groupby(
-        zip(panels.values(), axes.flat), lambda x: x[0].env_id.iloc[0]
-    ):
-        group = [axis for _, axis in group]  # one scale for the panels of an environment
-        get, set_ = ("get_xlim", "set_xlim") if with_dots else ("get_ylim", "set_ylim")
-        limits = np.array([getattr(axis, get)() for axis in group])
-        for axis in group:
-            getattr(axis, set_)(limits.min(), limits.max())
-    title = title or ("A dot is a run, a bar the mean" if with_dots else "Return while learning")
-    figure.suptitle("\n".join(textwrap.wrap(title, 90)), x=0.01, ha="left", fontsize=12)
-    if not with_dots:
-        counts = (
-            runs.groupby(["label", "env_id"]).run.nunique().groupby("label").agg(["min", "max"])
-        )
-        numbers = {n: " to ".join(map(str, sorted({*count}))) for n, count in counts.T.items()}
-        texts = [f"{name} ({numbers[name]})" for name in styles]
-        lines = [plt.Line2D([], [], linewidth=2.4, **style) for style in styles.values()]
-        ncols = max(1, 130 // (max(map(len, texts)) + 10))
+        for text, y in (levels or {}).get(name, {}).items():
+            axis.axhline(y, color="0.5", linewidth=1, linestyle="--", zorder=1)
+            place = {"transform": axis.get_yaxis_transform(), "va": "center", "color": "0.4"}
+            axis.text(1.01, y, text, fontsize=9, **place)
+        first = same.setdefault((panel.env_id.iloc[0], panel.quantity.iloc[0]), axis)  # one scale
+        if axis is not first:
+            (axis.sharex if with_dots else axis.sharey)(first)
+        first.autoscale_view()
+        for line, text in zip(*axis.get_legend_handles_labels()):
+            label, size = text[:-1].rsplit(" (", 1)
+            lines[label][int(size)] = line
+    if lines:
+        sizes = [" to ".join(map(str, sorted(of_panels))) for of_panels in lines.values()]
+        texts = [f"{label} ({size})" for label, size in zip(lines, sizes)]
         how = "thin: one run, thick: the mean of the runs (their number)"
-        how += ", band: 95% interval of the mean" if counts.max(axis=None) >= 5 else ""
-        place = {"loc": "outside lower center", "ncols": ncols, "frameon": False}
-        figure.legend(lines, texts, title=how, **place)
+        how += ", upright: 95% interval of a run" * ("low" in panel)
+        how += ", band: 95% interval of the mean" * (max(map(max, lines.values())) >= 5)
+        place = {"loc": "outside lower center", "ncols": max(1, 130 // (max(map(len, texts)) + 10))}
+        handles = [next(iter(of_panels.values())) for of_panels in lines.values()]
+        figure.legend(handles, texts, title=how, frameon=False, **place)
+        figure.set_figheight(0.8 + height * rows + 0.22 * -(-len(texts) // place["ncols"]))
+    default = "A dot is a run, a bar the mean of the runs" if with_dots else "Return while learning"
+    wrapped = "\n".join(textwrap.wrap(title or default, 85))
+    figure.suptitle(wrapped, x=0.01, ha="left", fontsize=12)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
 def panels_of(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By environment and, for meta-RL, by direction and phase: test goals."""
+    """By environment and, for meta-RL on test goals, by direction and phase where there are two."""
     panels = {}
     for env_id, group in runs[runs.split != "train"].groupby("env_id"):
-        directed = group.goal.isin(DIRECTIONS.values())
-        group = group[directed] if directed.any() else group
+        group = group[(group.goal != "") == (group.goal != "").any()]
         for (phase, goal), panel in group.groupby(["phase", "goal"]):
             words = (env_id, goal, phase if group.phase.nunique() > 1 else "")
             panels[", ".join(filter(None, words))] = panel
@@ -454,26 +404,24 @@ def panels_of(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def save(table: pd.DataFrame, file: Path) -> None:
-    table.to_csv(file, index=False, float_format="%.6g")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(file, index=False, float_format="%.6g")
+    except OSError as error:
+        stop(f"{file}: cannot be written: {error}")
 
 
 def main(args: Args) -> None:
     runs = read(args.runs, args.ignore)
-    scores, pairs = final_scores(runs), comparisons(runs)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        save(scores, args.out / "final_scores.csv")
-        save(pairs, args.out / "comparisons.csv")
-        name = "dots" if args.dots else "learning_curves"
-        draw(panels_of(runs), args.title, args.out / f"{name}.png", args.dots)
-        both = runs[(runs.phase == AFTER) & (runs.goal == "")]
-        for env_id, pair in [] if args.dots else both.groupby("env_id"):
-            splits = {f"{env_id}, {s} goals": panel for s, panel in pair.groupby("split")}
-            directions = (runs[runs.env_id == env_id].goal != "").any()  # the same in both
-            if len(splits) == 2 and not directions:
-                draw(splits, args.title, args.out / f"train_test_{env_id}.png")
-    except OSError as error:
-        stop(f"--out {args.out}: cannot write there: {error}")
+    scores = final_scores(runs)
+    save(scores, args.out / "final_scores.csv")
+    save(comparisons(runs), args.out / "comparisons.csv")
+    name = "dots" if args.dots else "learning_curves"
+    draw(panels_of(runs), args.title, args.out / f"{name}.png", args.dots)
+    for env_id, pair in [] if args.dots else runs[runs.phase == AFTER].groupby("env_id"):
+        splits = {f"{env_id}, {s} goals": panel for s, panel in pair.groupby("split")}
+        if len(splits) == 2 and not any(pair.goal):  # directions are the same in both
+            draw(splits, args.title, args.out / f"train_test_{env_id}.png")
     shown = scores.drop(columns="finals").replace("", np.nan).dropna(axis="columns", how="all")
     print(shown.round(2).to_string(index=False, na_rep=""))
     print(f"tables and pictures are in {args.out}")
