@@ -20,4 +20,6 @@ plot pearl_models "PEARL, reduced size: after adaptation hyper is ahead on goals
 plot td3_halfcheetah_initialisation "sa-hyper with three initialisations: released and bias cannot be told apart" $runs/td3_halfcheetah_initialisation/{bias,paper} $runs/td3_halfcheetah_critics/eight_critics/HalfCheetah-v4/sa-hyper
 plot maml_initialisation "hyper with three initialisations: the released one learns soonest" $runs/maml_initialisation
 plot bfloat16 "sa-hyper in TF32 and in bfloat16" $runs/td3_halfcheetah_critics/{eight_critics/HalfCheetah-v4/sa-hyper,bfloat16}
+python analysis/gradient_accuracy.py $runs/td3_hopper_fixed_policy/paper_primary/hold3/gradient_accuracy.csv $runs/td3_hopper_critics/gradient_accuracy.csv --out "$out/td3_hopper_gradients" --title "Action gradients on Hopper: both critics learn them under a fixed policy, neither is much above chance with a learning actor"
+python analysis/gradient_noise.py $runs/maml_models/gradient_noise.csv --out "$out/maml_gradient_noise" --title "Spread of 50 independent updates: hyper spreads more than context before the inner step, less after it"
 python results/overview.py "$out"
