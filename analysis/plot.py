@@ -29,6 +29,7 @@ import re
 import signal
 import sys
 import textwrap
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from scipy import stats
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+warnings.filterwarnings("ignore", "Precision loss")  # of runs that are all alike
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 # A model has one colour in every picture; legends and tables have this order.
@@ -126,7 +128,7 @@ def in_words(name: str, value) -> str:
         return f"{value or 'no'} inner step{'s' * (value > 1)}"
     if isinstance(value, bool):
         return words if value else f"no {words}"
-    if isinstance(value, dict):  # env_kwargs
+    if isinstance(value, dict):
         return " ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, list):
         value = "-".join(map(str, value))
@@ -151,7 +153,7 @@ def label(runs: list[tuple[str, str, dict]], ignore: tuple[str, ...] = ()) -> li
         if "hyper" not in model and model != "resnet-features":
             left_out |= HYPER
         if args.get("buffer_size", 0) >= args.get("total_timesteps", np.inf):
-            left_out |= {"buffer_size"}  # it never gets full
+            args = args | {"buffer_size": {}}  # it never gets full, whatever its size
         if args.get("num_adapt_steps") == 0:
             left_out |= {"inner_lr", "first_order"}
         algorithm = next((name for flag, name in ALGORITHMS.items() if flag in args), None)
