@@ -311,12 +311,13 @@ def final_scores(runs: pd.DataFrame) -> pd.DataFrame:
 
 def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
     """Colour (the model) and line style (the rest of the label, solid for most runs) of a label."""
-    models = runs.groupby("label").model.first()
-    others = dict(zip(sorted(set(models) - set(COLOURS)), itertools.cycle(OTHERS)))
-    rest = {name: name.removeprefix(model) for name, model in models.items()}
-    counts = runs.groupby("run").label.first().astype(str).map(rest).value_counts()
-    lines, colours = dict(zip(counts.index, itertools.cycle(LINES))), COLOURS | others
-    return {n: {"color": colours[m], "linestyle": lines[rest[n]]} for n, m in models.items()}
+    labels = runs.groupby("label").agg({"model": "first", "run": "nunique"})
+    rest = {name: name.removeprefix(model) for name, model in labels.model.items()}
+    counts = labels.run.groupby(rest, sort=False).sum().sort_values(ascending=False, kind="stable")
+    lines = dict(zip(counts.index, itertools.cycle(LINES)))
+    others = dict(zip(sorted(set(labels.model) - set(COLOURS)), itertools.cycle(OTHERS)))
+    colours = COLOURS | others
+    return {n: {"color": colours[m], "linestyle": lines[rest[n]]} for n, m in labels.model.items()}
 
 
 def curves(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> None:
@@ -388,7 +389,7 @@ def draw(panels: dict, title: str, file: Path, with_dots: bool = False, levels=N
         figure.legend(handles, texts, title=how, frameon=False, **place)
         figure.set_figheight(0.8 + height * rows + 0.22 * -(-len(texts) // place["ncols"]))
     default = "A dot is a run, a bar the mean of the runs" if with_dots else "Return while learning"
-    wrapped = "\n".join(textwrap.wrap(title or default, 85))
+    wrapped = "\n".join(textwrap.wrap(title or default, 100))
     figure.suptitle(wrapped, x=0.01, ha="left", fontsize=12)
     figure.savefig(file, dpi=100)
     plt.close(figure)
