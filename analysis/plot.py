@@ -98,6 +98,7 @@ def end_quietly() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="replace")  # where it cannot show π
 
 
 def find(folders: tuple[Path, ...], name: str) -> list[Path]:
