@@ -19,10 +19,11 @@ count the entropy, which the return does not.
 
 Writes gradient_accuracy.csv, a row for each state. The same command again measures only what it
 lacks: delete it to measure runs that were trained afresh. Given in place of runs, or beside them,
-such a table is only drawn, in a panel of its own. From the checkpoints that all runs of a panel
-have, it draws gradient_accuracy.png and compares every two critics as plot.py does, by the mean of
-each run, in gradient_comparisons.csv (without step 0, where nothing is learned yet). The columns:
-- cosine_similarity, empty where a gradient is exactly 0, which counts as below every τ;
+such a table is only drawn, in a panel of its own. gradient_accuracy.png has the checkpoints that
+all runs of a panel have, each with the mean of its states (Fig. 3d), and gradient_comparisons.csv
+compares every two critics as plot.py does, by the mean of a run's checkpoints but step 0, where
+nothing is learned yet. The columns:
+- cosine_similarity, empty where a gradient is exactly 0;
 - similarity_weighted, of both gradients times 1 - π(s)², the slope of the actor's tanh; empty, too,
   where that is 0 in every dimension;
 - similarity_of_two, of the two estimates of --repeat;
@@ -313,48 +314,38 @@ def measure(agent, run_args, envs: list[gym.Env], args: Args, step: int) -> list
     return rows
 
 
-def as_runs(table: pd.DataFrame, file: Path) -> pd.DataFrame:
-    """The states of a table with the columns of plot.py's read(): `time` is the step, `phase` says
-    whether the actor learns, `goal` is the table; checkpoints that a run lacks are left out."""
-    table = table.reindex(columns=COLUMNS).rename(columns={"step": "time"})
-    policy = np.where(table.actor_lr > 0, "learning actor", "fixed policy")
-    table["phase"] = table.exp_name.where(table.actor_lr.isna(), policy)  # older tables
-    critics = pd.Categorical(table.critic, sorted(set(table.critic), key=rank), ordered=True)
-    table["run"] = f"{file} " + table.critic + table.seed.astype(str)
-    table = table.assign(label=critics, model=table.critic, goal=str(file), starts=0)
-    runs = table.groupby(["env_id", "phase"]).run.transform("nunique")
-    lacking = runs > table.groupby(["env_id", "phase", "time"]).run.transform("nunique")
-    if lacking.any():
-        steps = ", ".join(f"{step:,}" for step in sorted(set(table.time[lacking])))
-        note(f"{file}: not all runs have step {steps}: left out")
-    return table[~lacking]
-
-
-def show(states: pd.DataFrame, args: Args) -> None:
-    """Draws and compares the runs of as_runs()."""
-    means, shares, levels, tau = {}, {}, {}, np.linspace(0, 1, 101)
-    columns = ["env_id", "phase", "goal", "label", "model", "run", "starts"]
-    runs = states.groupby([*columns, "time"])[SIMILARITIES].mean().reset_index()
-    runs = runs.assign(unit="environment steps", quantity=CS.replace("_", " "))
-    above = pd.DataFrame(states[[CS]].to_numpy() > tau, states.index, tau).mul(100)
-    above = pd.concat([states[columns], above], axis=1)[states.time > 0].groupby(columns).mean()
-    above = above.rename_axis(columns="time").stack().rename("return").reset_index()
-    above = above.assign(unit="threshold τ", quantity="states with a similarity above τ (%)")
-    for (env_id, policy, file), part in runs.groupby(["env_id", "phase", "goal"]):
+def show(tables: dict[Path, pd.DataFrame], args: Args) -> None:
+    """Draws and compares the runs of the tables, with plot.py, in whose terms `time` is the step,
+    `return` the mean similarity of its states, `phase` the policy and `goal` the table."""
+    states = [table.assign(goal=str(file)) for file, table in tables.items()]
+    states = pd.concat(states, ignore_index=True).reindex(columns=[*COLUMNS, "goal"])
+    policy = np.where(states.actor_lr > 0, "learning actor", "fixed policy")
+    states["phase"] = states.exp_name.where(states.actor_lr.isna(), policy)  # older tables
+    critics = pd.Categorical(states.critic, sorted(set(states.critic), key=rank), ordered=True)
+    run = states.goal + states.critic + states.seed.astype(str)
+    states = states.assign(time=states.step, model=states.critic, label=critics, run=run, starts=0)
+    place = ["env_id", "phase", "goal"]
+    runs = states.groupby(place).run.transform("nunique")
+    lacking = states.groupby([*place, "time"]).run.transform("nunique") < runs
+    for names, part in states[lacking].groupby(place):
+        steps = ", ".join(f"{step:,}" for step in sorted(set(part.step)))
+        note(f"{', '.join(names)}: not all runs have step {steps}: left out")
+    columns = [*place, "label", "model", "run", "starts", "time"]
+    runs = states[~lacking].groupby(columns)[SIMILARITIES].mean().reset_index()
+    runs = runs.assign(unit="environment steps", quantity="cosine similarity")
+    panels, levels = {}, {}
+    for (env_id, policy, file), part in runs.groupby(place):
         name = f"{env_id}, {policy}"
-        name += f", {file}" * (name in means)
-        means[name] = part.rename(columns={CS: "return"})
-        shares[name + " "] = above[
-            (above.goal == file) & (above.phase == policy) & (above.env_id == env_id)
-        ]
-        best = np.sqrt(max(part.similarity_of_two[part.time > 0].mean(), 0))  # nan without --repeat
-        levels[name] = {"chance": 0} | ({"best\npossible": best} if best > 0 else {})
-    draw(means | shares, args.title or TITLE, args.out / "gradient_accuracy.png", levels=levels)
-    runs = runs.melt([*columns, "time"], SIMILARITIES[:2], "split", "return").dropna()
+        name += f", {file}" * (name in panels)
+        panels[name] = part.rename(columns={CS: "return"})
+        best = part.similarity_of_two[part.time > 0].mean()  # nan without --repeat
+        levels[name] = {"chance": 0} | ({"best\npossible": best**0.5} if best > 0 else {})
+    runs = runs.melt(columns, SIMILARITIES[:2], "split", "return").dropna()
     names = {"split": "similarity", "phase": "policy", "goal": "table"}
     table = comparisons(runs).rename(columns=names)
     save(table[table.measure == "curve"], args.out / "gradient_comparisons.csv")
-    states = states[states.time > 0].groupby(["goal", "env_id", "phase", "critic"])
+    draw(panels, args.title or TITLE, args.out / "gradient_accuracy.png", levels=levels)
+    states = states[~lacking & (states.time > 0)].groupby([*place, "critic"])
     print(states[[*SIMILARITIES, "saturated"]].mean().round(3).to_string())
 
 
@@ -366,16 +357,15 @@ def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
     settings = {name: (vars(args) | vars(run_args))[name] for name in SETTINGS}
 
     def measure_checkpoint(*names) -> list[dict]:
-        script, run_args, run_dir = runs[names[:-1]]
+        *run, step = names
+        script, run_args, run_dir = runs[tuple(run)]
         envs = make_envs(run_args, args.num_states + args.num_actions)
         dims = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
         agent = script.Agent(*dims, run_args)
-        load(agent, run_dir / f"step_{names[-1]}.pt")
-        rows = measure(agent, run_args, envs, args, names[-1])
-        tqdm.write(
-            f"{run_dir} step {names[-1]}: mean similarity {pd.DataFrame(rows)[CS].mean():.3f}"
-        )
-        sys.stdout.flush()
+        load(agent, run_dir / f"step_{step}.pt")
+        rows = measure(agent, run_args, envs, args, step)
+        mean = pd.DataFrame(rows)[CS].mean()
+        tqdm.write(f"{run_dir} step {step}: mean similarity {mean:.3f}")
         return [{"state": i, "actor_lr": run_args.actor_lr} | row for i, row in enumerate(rows)]
 
     todo = [(*run, step) for run in sorted(runs) for step in saved_steps(runs[run][-1])]
@@ -387,12 +377,11 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)  # batches of 15 gain nothing from more, and wait for busy cores
     mujoco.set_mju_user_warning(lambda message: None)  # each copy would repeat them
     files = [path for path in args.runs if path.suffix == ".csv"]
-    tables = [read_table(file, [*RUN, "step", "exp_name", CS]) for file in files]
+    tables = {file: read_table(file, [*RUN, "step", "exp_name", CS]) for file in files}
     folders = [path for path in args.runs if path not in files]
     if folders or not files:
-        files.append(args.out / "gradient_accuracy.csv")
-        tables.append(measure_runs(args, folders))
-    show(pd.concat(map(as_runs, tables, files), ignore_index=True), args)
+        tables[args.out / "gradient_accuracy.csv"] = measure_runs(args, folders)
+    show(tables, args)
 
 
 if __name__ == "__main__":

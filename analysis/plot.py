@@ -29,6 +29,7 @@ import re
 import signal
 import sys
 import textwrap
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from scipy import stats
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+warnings.filterwarnings("ignore", "Precision loss")  # of runs that are all alike
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 # A model has one colour in every picture; legends and tables have this order.
@@ -96,6 +98,7 @@ def end_quietly() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="replace")  # where it cannot show π
 
 
 def find(folders: tuple[Path, ...], name: str) -> list[Path]:
@@ -126,7 +129,7 @@ def in_words(name: str, value) -> str:
         return f"{value or 'no'} inner step{'s' * (value > 1)}"
     if isinstance(value, bool):
         return words if value else f"no {words}"
-    if isinstance(value, dict):  # env_kwargs
+    if isinstance(value, dict):
         return " ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, list):
         value = "-".join(map(str, value))
@@ -151,7 +154,7 @@ def label(runs: list[tuple[str, str, dict]], ignore: tuple[str, ...] = ()) -> li
         if "hyper" not in model and model != "resnet-features":
             left_out |= HYPER
         if args.get("buffer_size", 0) >= args.get("total_timesteps", np.inf):
-            left_out |= {"buffer_size"}  # it never gets full
+            args = args | {"buffer_size": {}}  # it never gets full, whatever its size
         if args.get("num_adapt_steps") == 0:
             left_out |= {"inner_lr", "first_order"}
         algorithm = next((name for flag, name in ALGORITHMS.items() if flag in args), None)
@@ -309,12 +312,13 @@ def final_scores(runs: pd.DataFrame) -> pd.DataFrame:
 
 def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
     """Colour (the model) and line style (the rest of the label, solid for most runs) of a label."""
-    models = runs.groupby("label").model.first()
-    others = dict(zip(sorted(set(models) - set(COLOURS)), itertools.cycle(OTHERS)))
-    rest = {name: name.removeprefix(model) for name, model in models.items()}
-    counts = runs.groupby("run").label.first().astype(str).map(rest).value_counts()
-    lines, colours = dict(zip(counts.index, itertools.cycle(LINES))), COLOURS | others
-    return {n: {"color": colours[m], "linestyle": lines[rest[n]]} for n, m in models.items()}
+    labels = runs.groupby("label").agg({"model": "first", "run": "nunique"})
+    rest = {name: name.removeprefix(model) for name, model in labels.model.items()}
+    counts = labels.run.groupby(rest, sort=False).sum().sort_values(ascending=False, kind="stable")
+    lines = dict(zip(counts.index, itertools.cycle(LINES)))
+    others = dict(zip(sorted(set(labels.model) - set(COLOURS)), itertools.cycle(OTHERS)))
+    colours = COLOURS | others
+    return {n: {"color": colours[m], "linestyle": lines[rest[n]]} for n, m in labels.model.items()}
 
 
 def curves(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> None:
@@ -386,7 +390,7 @@ def draw(panels: dict, title: str, file: Path, with_dots: bool = False, levels=N
         figure.legend(handles, texts, title=how, frameon=False, **place)
         figure.set_figheight(0.8 + height * rows + 0.22 * -(-len(texts) // place["ncols"]))
     default = "A dot is a run, a bar the mean of the runs" if with_dots else "Return while learning"
-    wrapped = "\n".join(textwrap.wrap(title or default, 85))
+    wrapped = "\n".join(textwrap.wrap(title or default, 100))
     figure.suptitle(wrapped, x=0.01, ha="left", fontsize=12)
     figure.savefig(file, dpi=100)
     plt.close(figure)

@@ -25,7 +25,7 @@ def run_main(capfd, monkeypatch, tmp_path):
     """Runs a script's main block in this process, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "tests")
-    interrupt = signal.getsignal(signal.SIGINT)
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGPIPE)}
 
     def run(script, *args: object) -> Finished:
         capfd.readouterr()
@@ -39,7 +39,8 @@ def run_main(capfd, monkeypatch, tmp_path):
         return Finished(code, *capfd.readouterr())
 
     yield run
-    signal.signal(signal.SIGINT, interrupt)
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
 
 
 def start(script, *args: object, **options) -> subprocess.Popen:

@@ -1,5 +1,6 @@
 """analysis/gradient_noise.py (Fig. 5) on small runs of maml_hyper.py."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -8,14 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_refused
+from conftest import ROOT, assert_refused, files
+from scipy.stats import chi2
 
 import maml_hyper
 import td3_hyper
 from meta_envs import MetaVectorEnv, sample_goals
 
 sys.path.insert(0, str(ROOT / "analysis"))
-SCRIPT = ROOT / "analysis" / "gradient_noise.py"
+
+import gradient_noise as gn
+
+SCRIPT, SPREAD = ROOT / "analysis" / "gradient_noise.py", Path("out/gradient_noise_spread.csv")
 FAMILY = Path("runs/maml_hyper/HalfCheetahFwdBack-v0")
 SMALL = {"primary_widths": (4, 8), "dynamic_width": 8, "horizon": 8, "episodes_per_goal": 2}
 SMALL |= {"num_train_goals": 4, "meta_batch_size": 3, "num_test_goals": 2, "eval_episodes": 2}
@@ -40,7 +45,6 @@ def test_every_update_starts_from_the_stored_policy_with_episodes_of_its_own(run
     table = pd.read_csv("out/gradient_noise.csv")
     assert list(table.iteration) == [0, 0, 2, 2, 4, 4]  # 3 of 5, evenly spread
     assert list(table["update"]) == [0, 1] * 3 and table.post_return.nunique() == 6
-    assert Path("out/gradient_noise_HalfCheetahFwdBack-v0.png").read_bytes().startswith(b"\x89PNG")
 
     # One of them, done by hand and by itself.
     args = maml_hyper.Args(**json.loads((run_dir / "config.json").read_text())["args"])
@@ -75,8 +79,26 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_experiments_table(run_m
     assert Path("out/gradient_noise.csv").read_text() == whole
 
 
+def test_the_spread_has_the_interval_of_a_normal_variance_and_tables_are_drawn(run_main, tmp_path):
+    rng, rows = np.random.default_rng(0), []
+    for model, iteration, update in itertools.product(("hyper", "context"), (0, 9), range(50)):
+        row = dict(zip(gn.KEY, ("HalfCheetahFwdBack-v0", model, 1, iteration, update)))
+        rows.append(row | {"pre_return": 3 * update, "post_return": rng.normal(), "kl": 0.01})
+    pd.DataFrame(rows).assign(exp_name="e").to_csv("old.csv", index=False)
+    assert run_main(SCRIPT, "old.csv", "--out", "out").code == 0
+    assert sorted(files(Path("out"))) == [Path("out/gradient_noise.png"), SPREAD]
+    table = pd.read_csv(SPREAD)
+    before = table[table.phase == "before adaptation"]
+    spread = 3 * np.std(range(50), ddof=1)
+    assert len(table) == 8 and (before.updates == 50).all() and (before["mean"] == 73.5).all()
+    assert before.spread.to_numpy() == pytest.approx(spread)
+    limits = [spread * (49 / chi2.ppf(share, 49)) ** 0.5 for share in (0.975, 0.025)]
+    assert before[["low", "high"]].to_numpy() == pytest.approx(np.array([limits] * 4), rel=1e-5)
+    assert_refused(run_main(SCRIPT, "missing.csv"), "missing.csv cannot be used")
+
+
 def test_bad_use_ends_with_a_message(run_main):
-    assert_refused(run_main(SCRIPT, "nowhere"), "nowhere: no run in there")
+    assert_refused(run_main(SCRIPT, "nowhere"), "nowhere: no config.json in there")
     run_dir = make_run("vanilla", 0)
     (run_dir / "step_0.pt").write_bytes(b"PK")
     assert_refused(run_main(SCRIPT, run_dir), "step_0.pt does not hold the networks")

@@ -1,192 +1,256 @@
-"""analysis/plot.py: every number of its tables against one worked out by hand."""
+"""analysis/plot.py: labels, tables and pictures of runs made up by hand."""
 
+import functools
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, assert_refused, files
+from matplotlib.colors import to_hex
+from scipy import stats
+
+sys.path.insert(0, str(ROOT / "analysis"))
+
+import plot
+
+import maml_hyper
+import sac_hyper
+import td3_hyper
 
 SCRIPT = ROOT / "analysis" / "plot.py"
-# Mean returns at steps 0, 10 and 20 of seeds 1 and 2.
-TD3 = {
-    ("Hard-v0", "mlp"): [(-10, 0, 10), (-10, 4, 30)],
-    ("Hard-v0", "sa-hyper"): [(-10, 20, 35), (-10, 20, 65)],
-    ("Easy-v0", "mlp"): [(0, 50, 100), (0, 70, 300)],
-    ("Easy-v0", "sa-hyper"): [(0, 100, 100), (0, 140, 200)],
-}
-# In Hard-v0 the baseline goes from -10 to 20, in Easy-v0 from 0 to 200.
+MEDIUM, FWD_BACK = "HalfCheetahVelMedium-v0", "HalfCheetahFwdBack-v0"
 
 
-def write_run(run: Path, lines: list) -> None:
+def write_run(run: Path, lines: list, args: dict) -> None:
     run.mkdir(parents=True)
-    (run / "eval.csv").write_text("".join(f"{line}\n" for line in lines))
+    (run / "eval.csv").write_text("\n".join(lines) + "\n")
+    (run / "config.json").write_text(json.dumps({"args": args}))
     (run / "summary.json").touch()
 
 
-def write_td3(run: Path, returns) -> None:
-    lines = ["global_step,episode,return,length"]
-    for i, value in enumerate(returns):
-        lines += [f"{10 * i},0,{value - 3},7", f"{10 * i},1,{value + 3},9"]
-    write_run(run, lines)
+def write_td3(run: str, returns, runs: str = "runs", **args) -> None:
+    """Mean returns at steps 0, 10, 20, ..."""
+    rows = [
+        f"{10 * i},{k},{value - 3 + 6 * k},7" for i, value in enumerate(returns) for k in (0, 1)
+    ]
+    write_run(Path(runs, "td3", run), ["global_step,episode,return,length", *rows], args)
+
+
+def write_meta(run: str, phases: dict, goals=(-1, 1)) -> None:
+    """phases: (split, phase) -> mean returns at iterations 0, 1, 2, ...; goal g adds 10 g."""
+    lines = ["iteration,env_steps,split,goal,phase,return"]
+    for ((split, phase), means), goal in itertools.product(phases.items(), goals):
+        lines += [f"{i},{i},{split},{goal},{phase},{x + 10 * goal}" for i, x in enumerate(means)]
+    write_run(Path("runs/maml", run), lines, {})
 
 
 @pytest.fixture
-def td3(tmp_path):
-    for (env_id, model), seeds in TD3.items():
-        for seed, returns in enumerate(seeds, start=1):
-            write_td3(tmp_path / f"runs/td3_hyper/{env_id}/{model}/seed{seed}", returns)
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def figures(monkeypatch) -> dict:
-    """The pictures that are saved, by name."""
-    saved, savefig = {}, matplotlib.figure.Figure.savefig
-
-    def record(figure, file, **options):
-        saved[Path(file).name] = figure
-        savefig(figure, file, **options)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", record)
-    return saved
+def figures(monkeypatch) -> list:
+    """The pictures that are drawn."""
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    return drawn
 
 
 def table(name: str, *keys: str) -> pd.DataFrame:
-    return pd.read_csv(f"out/{name}.csv").set_index(list(keys)).sort_index()
+    return pd.read_csv(f"out/{name}.csv", dtype={"finals": str}).set_index(list(keys))
 
 
-def test_scores_by_hand(td3, run_main):
-    finished = run_main(SCRIPT, td3, "--out", "out")
-    assert finished.code == 0 and finished.err == ""
-    final = table("final_scores", "env_id", "model")
-    assert (final.steps == 20).all() and (final.seeds == 2).all()
-    hard, easy = final.loc["Hard-v0", "sa-hyper"], final.loc["Easy-v0", "sa-hyper"]
-    # The standard error of 35 and 65 is 15; the t-distribution's quantile for 2 seeds is 12.7062.
-    assert hard["mean"] == 50
-    assert [hard.mean_low, hard.mean_high] == pytest.approx([-140.593, 240.593], abs=1e-3)
-    assert [hard.normalised, hard.gain_percent] == pytest.approx([2, 100])
-    assert [easy.normalised, easy.gain_percent] == pytest.approx([0.75, -25])
-    assert float(hard.reached_at_percent) == 50 and easy.reached_at_percent == "not reached"
-    baseline = final.xs("mlp", level="model")
-    assert (baseline.normalised == 1).all() and (abs(baseline.gain_percent) < 1e-9).all()
-    assert (baseline.reached_at_percent.astype(float) == 100).all()
-
-    summary = table("summary", "model").loc["sa-hyper"]
-    values = [summary.environments, summary.normalised, summary.gain_percent]
-    assert values == pytest.approx([2, 1.375, 37.5])
-    assert "td3_hyper sa-hyper                   2        1.38          37.5" in finished.out
+def last(figure) -> dict[str, float]:
+    """Title -> last value of the last line of a panel."""
+    return {axis.get_title(): axis.get_lines()[-1].get_ydata()[-1] for axis in figure.axes}
 
 
-def test_curves_by_hand_and_their_picture(td3, run_main, figures):
-    run_main(SCRIPT, td3, "--out", "out")
-    curve = table("learning_curves", "env_id", "model").loc[("Hard-v0", "mlp")]
-    assert list(curve.step) == [0, 10, 20] and list(curve["mean"]) == [-10, 2, 20]
-    low = [-10, 2 - 2 * 12.7062, 20 - 10 * 12.7062]
-    assert list(curve.mean_low) == pytest.approx(low, abs=1e-3)
-    _, axis = figures["learning_curves.png"].axes
-    assert axis.get_title() == "Hard-v0 (2 seeds)"
-    mlp, sa_hyper = axis.get_lines()
-    assert list(mlp.get_ydata()) == [-10, 2, 20] and list(sa_hyper.get_ydata()) == [-10, 20, 50]
-    low_high = axis.collections[1].get_datalim(axis.transData).intervaly
-    assert list(low_high) == [-10, 65]  # two seeds: from the one to the other
+def of(script, model, **args) -> tuple[str, str, dict]:
+    """A run as label() takes it, with the arguments that config.json would have."""
+    name = "model" if script is maml_hyper else "critic"
+    args = vars(script.Args(**{name: model, "device": "cpu"} | args))
+    return "E-v0", model, json.loads(json.dumps(args))
 
 
-def test_other_lengths_are_cut_and_only_where_a_baseline_learned_there_are_scores(td3, run_main):
-    hard, easy = td3 / "td3_hyper/Hard-v0/mlp/seed1", td3 / "td3_hyper/Easy-v0/sa-hyper/seed2"
-    shutil.rmtree(easy)
-    shutil.rmtree(hard)
-    write_td3(hard, (-10, 40))
-    (hard / "summary.json").unlink()
-    write_td3(td3 / "td3_hyper/Flat-v0/mlp/seed1", (5, 9, 4))
-    write_td3(td3 / "td3_hyper/Flat-v0/sa-hyper/seed1", (5, 9, 9))
-    write_td3(td3 / "other/New-v0/sa-hyper/seed1", (5, 9, 9))
-    finished = run_main(SCRIPT, td3, "--out", "out")
-    for note in (
-        "unfinished: td3_hyper/Hard-v0/mlp/seed1, evaluated up to 10",
-        "td3_hyper/Hard-v0: only the 2 evaluations that all runs have are used, the last at 10",
-        "td3_hyper/Flat-v0: mlp did not learn",
-    ):
-        assert note in finished.err
-    assert "New-v0" not in finished.err
-    final = table("final_scores", "env_id", "model")
-    assert list(final.loc["Hard-v0"]["mean"]) == [22, 20] and final.steps["Hard-v0", "mlp"] == 10
-    one = final.loc["Easy-v0", "sa-hyper"]
-    assert one.seeds == 1 and one["mean"] == 100 and np.isnan(one.mean_low)
-    scores = final.loc[["Flat-v0", "New-v0"], ["normalised", "gain_percent", "reached_at_percent"]]
-    assert scores.isna().all(axis=None) and final["mean"]["New-v0", "sa-hyper"] == 9
-    summary = table("summary", "model").loc["sa-hyper"]
-    # 30 of the 32 above the first score in Hard-v0 (both runs), half way in Easy-v0 (one run)
-    assert summary.normalised == pytest.approx((30 / 32 + 0.5) / 2)
+def test_labels_name_the_arguments_that_differ_between_runs_of_one_model():
+    td3 = functools.partial(of, td3_hyper)
+    rates = [td3("mlp", critic_lr=1e-3), td3("mlp", seed=2), td3("sa-hyper", eval_every=7)]
+    words = ["mlp, critic lr 1e-3", "mlp, critic lr 3e-4", "sa-hyper, critic lr 5e-5"]
+    assert plot.label(rates) == words
+    assert plot.label(rates, ("critic-lr",)) == ["mlp", "mlp", "sa-hyper"]
+    assert plot.label(rates[1:]) == ["mlp", "sa-hyper"]  # between models it does not count
+    runs = [td3("sa-hyper", learning_starts=10_000, hyper_init="bias", precision="bfloat16")]
+    runs += [td3("sa-hyper", primary_widths=(8, 16), tau=0.05), td3("mlp", hyper_init="paper")]
+    assert plot.label(runs) == [
+        "sa-hyper, primary widths 256-512-1024, init bias, 10,000 random steps, tau 5e-3, bfloat16",
+        "sa-hyper, primary widths 8-16, init released, 1,000 random steps, tau 0.05, float32",
+        "mlp, 1,000 random steps, tau 5e-3, float32",  # it has no primary network
+    ]
+    assert plot.label([rates[1], ("E-v0", "mlp", {})]) == ["mlp", "mlp"]  # unknown
+    for size, words in ((2_000_000, "mlp"), (500, "mlp, buffer size 500")):  # one never gets full
+        assert plot.label([td3("mlp"), td3("mlp", buffer_size=size)])[1] == words
+    assert plot.label([td3("mlp"), of(sac_hyper, "mlp")]) == ["mlp, TD3", "mlp, SAC"]
+    maml = [of(maml_hyper, "hyper", num_adapt_steps=n, first_order=n < 2) for n in range(3)]
+    words = ["no inner step", "1 inner step, first order", "2 inner steps, no first order"]
+    assert plot.label(maml) == [f"hyper, {word}" for word in words]
+    ants = [td3("mlp", env_kwargs=kwargs) for kwargs in ({}, {"ctrl_cost_weight": 0.005})]
+    assert plot.label(ants) == ["mlp", "mlp, ctrl_cost_weight 0.005"]
 
 
-# Mean returns at iterations 0, 1 and 2: test goals before and after adaptation, training goals.
-MEDIUM = "HalfCheetahVelMedium-v0"
-MAML = {
-    "vanilla": {"pre": (-9, -9, -8), "post": (-8, -6, -4), "train": (-8, -5, -3)},
-    "hyper": {"pre": (-8, -4, -3), "post": (-8, -4, -2), "train": (-8, -6, -3)},
-}
+def test_a_comparison_is_scipys_and_the_closed_forms():
+    a, b = [5.0, 7.0, 9.0], [1.0, 5.0, 3.0, 3.0]
+    row = plot.compare(a, b)
+    assert row == plot.compare(a, b)  # the same numbers every time
+    variances = np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 4
+    degrees = sum(variances) ** 2 / (variances[0] ** 2 / 2 + variances[1] ** 2 / 3)
+    half = stats.t.ppf(0.975, degrees) * sum(variances) ** 0.5  # Welch and Satterthwaite
+    assert [row["difference"], row["low"], row["high"]] == pytest.approx([4, 4 - half, 4 + half])
+    # Of 35 ways to choose three of the seven, {5, 7, 9} has the largest sum, with either 5.
+    assert row["p"] == pytest.approx(2 * 2 / 35)
+    assert row["probability"] == pytest.approx((3 + 0.5 + 4 + 4) / 12)
+    # Every bootstrap sample
+    samples = itertools.product(itertools.product(a, repeat=3), itertools.product(b, repeat=4))
+    every = [np.mean([(x > y) + (x == y) / 2 for x in a_ for y in b_]) for a_, b_ in samples]
+    limits = [row["probability_low"], row["probability_high"]]
+    assert limits == pytest.approx(list(np.quantile(every, [0.025, 0.975])), abs=0.05)
+    one = plot.compare(a, [6.0])
+    empty = ["low", "high", "p", "probability_low", "probability_high"]
+    assert [name for name in one if np.isnan(one[name])] == empty and one["difference"] == 1
 
 
-def test_meta_rl_is_scored_on_test_goals_and_the_pair_has_both(tmp_path, run_main, figures):
-    for model, seed in itertools.product(MAML, (1, 2)):
-        lines = ["iteration,env_steps,split,goal,phase,return"]
-        for i, (pre, post, train) in enumerate(zip(*MAML[model].values())):
-            rows = (("test", "pre", pre), ("test", "post", post), ("train", "post", train))
-            for (split, phase, value), goal in itertools.product(rows, (-1, 1)):
-                # An episode may end early: the same iteration, other steps for another seed.
-                lines.append(f"{i},{(i + 1) * 100 * seed},{split},{goal},{phase},{value + goal}")
-        write_run(tmp_path / f"runs/maml_hyper/{MEDIUM}/{model}/seed{seed}", lines)
+def test_scores_and_comparisons_by_hand(run_main):
+    for seed, mlp, hyper in ((1, (-10, 0, 10), (-10, 20, 35)), (2, (-10, 4, 30), (-10, 20, 65))):
+        write_td3(f"Hard-v0/mlp/seed{seed}", mlp, learning_starts=5)
+        write_td3(f"Hard-v0/sa-hyper/seed{seed}", hyper, learning_starts=10)
+        write_td3(f"Flat-v0/mlp/seed{seed}", (5, 9, 15 * seed))
+    write_td3("One-v0/mlp/seed1", (0, 5, 9))
     finished = run_main(SCRIPT, "runs", "--out", "out")
     assert finished.code == 0 and finished.err == ""
-    # Hyper's post and pre, vanilla's; the baseline, vanilla's post, goes from -8 to -4.
-    summary = table("summary", "model", "phase")
-    assert list(summary.normalised) == pytest.approx([1.5, 1.25, 1, 0])
-    final = table("final_scores", "split", "model", "phase").loc["test"]
-    reached = final.reached_at_percent.drop(("vanilla", "pre")).astype(float)
-    assert list(reached) == pytest.approx([200 / 3, 200 / 3, 100], abs=1e-3)
-    assert final.reached_at_percent["vanilla", "pre"] == "not reached"
-    curves = table("learning_curves", "split", "phase", "model")
-    assert list(curves.loc[("train", "post", "hyper"), "mean"]) == [-8, -6, -3]
-    assert list(curves.loc[("test", "post", "hyper"), "mean"]) == [-8, -4, -2]
-    assert list(curves.loc[("test", "pre", "hyper"), "step"]) == [150, 300, 450]  # of two seeds
-    before, after = figures["learning_curves.png"].axes
-    assert before.get_title() == f"{MEDIUM} pre (2 seeds)"
-    assert list(after.get_lines()[1].get_ydata()) == [-8, -4, -2]
-    train, test = figures[f"train_test_{MEDIUM}.png"].axes
-    assert list(train.get_lines()[1].get_ydata()) == [-8, -6, -3]
-    assert list(test.get_lines()[1].get_ydata()) == [-8, -4, -2]
-    assert train.get_title() == f"{MEDIUM} train (2 seeds)"
+    scores = table("final_scores", "env_id", "label")
+    hard, mlp = scores.loc["Hard-v0", "sa-hyper"], scores.loc["Hard-v0", "mlp"]
+    # The baseline goes from -10 to 20; its final scores spread by 14.
+    values = [hard.runs, hard["last"], hard.final, hard.curve, hard.finals]
+    assert values == [2, 20, 50, 50, "35 65"]
+    assert [hard.normalised, hard.gain_percent, hard.reached_at_percent] == [2, 100, 50]
+    assert [mlp.final, mlp.curve, mlp.normalised, mlp.gain_percent] == [20, 11, 1, 0]
+    # In Flat-v0 it gains 17.5, with a spread of 10.6; a third run makes that 10 and 15.
+    assert scores.normalised["Flat-v0", "mlp"] == 1 and np.isnan(scores.normalised["One-v0", "mlp"])
+    write_td3("Flat-v0/mlp/seed3", (5, 9, 0))
+    run_main(SCRIPT, "runs", "--out", "out")
+    flat = table("final_scores", "env_id").loc["Flat-v0", "normalised":"reached_at_percent"]
+    assert flat.isna().all()
+    # The curve, too, has only what comes after the random steps of both.
+    expected = pd.Series(plot.compare([35, 65], [10, 30]))
+    for _, row in table("comparisons", "measure").iterrows():
+        assert (row.a, row.b, row["last"]) == ("sa-hyper", "mlp", 20)
+        assert list(row[expected.index]) == pytest.approx(list(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["td3", "maml", "pearl"])
-def test_the_committed_tables_are_redrawn_byte_for_byte(name, run_main):
-    results = ROOT / "results"
-    assert run_main(SCRIPT, results / "evaluations" / f"{name}_hyper", "--out", "out").code == 0
-    for file in ("learning_curves.csv", "final_scores.csv", "summary.csv"):
-        assert Path("out", file).read_bytes() == (results / name / file).read_bytes()
+def test_other_lengths_are_compared_on_what_they_share_and_drawn_to_their_end(run_main, figures):
+    for seed, returns in enumerate([(0, 10, 20), (0, 20, 40), (0, 30)]):
+        write_td3(f"E-v0/mlp/seed{seed}", returns)
+    write_td3("E-v0/sa-hyper/seed1", (0, 1, 2, 3))
+    Path("runs/td3/E-v0/mlp/seed2/summary.json").unlink()
+    finished = run_main(SCRIPT, "runs", "--out", "out")
+    assert "unfinished: runs/td3/E-v0/mlp/seed2, evaluated up to 10\n" in finished.err
+    assert "E-v0: the runs have different evaluations" in finished.err
+    scores = table("final_scores", "label")
+    assert list(scores["last"]) == [30, 10] and list(scores.final) == [3, 20]
+    assert (table("comparisons", "measure").loc["final", ["last", "mean_a"]] == [10, 1]).all()
+    (axis,) = figures[-1].axes
+    ends = [line.get_xdata()[-1] for line in axis.get_lines()]
+    assert ends == [30, 30, 20, 20, 10, 10]  # sa-hyper and its mean; mlp's runs and their mean
+    assert list(axis.get_lines()[-1].get_ydata()) == [0, 20]
 
 
-BAD = [
-    ("nowhere", None, "nowhere: no eval.csv"),
-    ("runs", "a,b\n1,2\n", "columns"),
-    ("runs", "global_step,episode,return,length\n", "has been evaluated yet"),
-    ("runs copy", None, "same run"),
-    ("misplaced", None, "exp_name/env_id/model/seedN"),
-]
+def test_a_model_has_one_colour_and_a_band_needs_five_runs(run_main, figures):
+    assert plot.COLOURS["sa-hyper"] == plot.COLOURS["hyper"] == "#d55e00"
+    critics = set(plot.COLOURS) - {"hyper", "context", "vanilla"}
+    assert len({plot.COLOURS[critic] for critic in critics}) == len(critics) == 8
+    for seed, model in itertools.product(range(5), ("mlp", "sa-hyper", "own", "other")):
+        if seed < 4 or model == "mlp":
+            args = {"critic_lr": 1e-3 if seed % 2 else 3e-4}
+            write_td3(f"E-v0/{model}/seed{seed}", (seed, 1, 2), **args)
+    run_main(SCRIPT, "runs", "--title", "Two rates")
+    assert figures[-1].get_suptitle() == "Two rates" and not figures[-1].axes[0].collections
+    (legend,) = figures[-1].legends
+    lines = [(to_hex(line.get_color()), line.get_linestyle()) for line in legend.get_lines()]
+    shown = dict(zip([text.get_text() for text in legend.get_texts()], lines))
+    assert shown["mlp, critic lr 3e-4 (3)"] == ("#000000", "-")  # most runs have this rate
+    assert shown["sa-hyper, critic lr 1e-3 (2)"] == ("#d55e00", "--")
+    assert len(set(lines)) == 8
+    run_main(SCRIPT, "runs", "--ignore", "critic_lr")
+    (axis,) = figures[-1].axes
+    (band,) = axis.collections  # of the five runs of mlp, 0 to 4 at step 0
+    half = stats.t.ppf(0.975, 4) * (2.5 / 5) ** 0.5
+    assert band.get_datalim(axis.transData).y0 == pytest.approx(2 - half)
+    run_main(SCRIPT, "runs", "--ignore", "critic_lr", "--dots")
+    (axis,) = figures[-1].axes
+    texts = [text.get_text() for text in axis.get_yticklabels()]
+    dots, bar = axis.get_lines()[2 * texts.index("sa-hyper (4)") :][:2]
+    assert list(dots.get_xdata()) == [1.5] * 4 and list(bar.get_xdata()) == [1.5] * 2
+    assert to_hex(dots.get_color()) == to_hex(bar.get_color()) == "#d55e00"
+
+
+def test_meta_rl_has_panels_by_phase_and_direction_and_goals_outside_training(run_main, figures):
+    phases = {("test", "pre"): (1, 2), ("test", "post"): (3, 4), ("train", "post"): (5, 6)}
+    write_meta(f"{MEDIUM}/hyper/seed1", phases, goals=(2, 2.5))
+    write_meta(f"{FWD_BACK}/hyper/seed1", phases)
+    run_main(SCRIPT, "runs", "--out", "out")
+    curves, pair = map(last, figures)
+    before, after = "before adaptation", "after adaptation"
+    expected = [f"{FWD_BACK}, {d}, {p}" for p in (before, after) for d in ("backward", "forward")]
+    expected += [f"{MEDIUM}, {before}", f"{MEDIUM}, {after}"]
+    assert curves == dict(zip(expected, (-8, 12, -6, 14, 24.5, 26.5)))
+    assert pair == {f"{MEDIUM}, train goals": 28.5, f"{MEDIUM}, test goals": 26.5}
+    scores = table("final_scores", "env_id", "split", "phase", "goal").final
+    assert scores[FWD_BACK, "test", after, "backward"] == -6
+    shutil.rmtree("runs")
+    write_meta(f"{FWD_BACK}/hyper/seed1", {("test", "pre"): (1, 2)})  # without an inner step
+    run_main(SCRIPT, "runs", "--out", "out")
+    assert last(figures[-1]) == {f"{FWD_BACK}, backward": -8, f"{FWD_BACK}, forward": 12}
+
+
+def test_links_are_followed_with_their_names_and_a_run_counts_once(run_main):
+    for seed in (1, 2):
+        write_td3(f"E-v0/mlp/seed{seed}", (0, seed), runs="away")
+    write_td3("E-v0/mlp/seed1", (0, 9), runs="runs/nested")  # another run with the same names
+    target = Path("away/td3/E-v0/mlp").resolve()
+    Path("runs/td3/Linked-v0").mkdir(parents=True)
+    Path("runs/td3/Linked-v0/sa-hyper").symlink_to(target)
+    Path("runs/nested/td3/E-v0/mlp/seed3").symlink_to(target / "seed2")
+    Path("runs/nested/up").symlink_to("..")
+    finished = run_main(SCRIPT, "runs/nested/td3", "runs", "runs/nested/td3", "--out", "out")
+    assert finished.code == 0 and finished.err == ""
+    finals = dict(table("final_scores", "env_id", "label").finals)
+    assert finals == {("E-v0", "mlp"): "9 2", ("Linked-v0", "sa-hyper"): "1"}
 
 
 def test_bad_use_ends_with_a_message_and_writes_nothing(run_main):
-    for run in ("runs/td3/E-v0/mlp/seed1", "copy/td3/E-v0/mlp/seed1", "misplaced/one"):
-        write_td3(Path(run), (1, 2))
-    before = files(Path())
-    for arguments, content, word in BAD:
-        table = Path("runs/td3/E-v0/mlp/seed1/eval.csv")
-        whole = table.read_text()
-        table.write_text(content or whole)
+    write_td3("E-v0/mlp/seed1", (1, 2))
+    write_td3("one", (1, 2), runs="misplaced")
+    eval_csv, before = Path("runs/td3/E-v0/mlp/seed1/eval.csv"), files(Path())
+    for arguments, content, word in [
+        ("", None, "give run directories"),
+        ("nowhere", None, "nowhere: no eval.csv"),
+        ("runs", "a,b\n1,2\n", "seed1: its eval.csv or config.json"),
+        ("runs", "global_step,episode,return,length\n", "has been evaluated yet"),
+        ("misplaced", None, "exp_name/env_id/model/seedN"),
+        (f"runs --out {eval_csv}", None, "cannot be written"),
+    ]:
+        eval_csv.write_text(content or before[eval_csv].decode())
         assert_refused(run_main(SCRIPT, *arguments.split()), word)
-        table.write_text(whole)
+        eval_csv.write_bytes(before[eval_csv])
         assert files(Path()) == before
+
+
+def test_closed_output_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_td3("E-v0/mlp/seed1", (1, 2))
+    for end in (">&-", "2>&-", "| true"):
+        command = f"{sys.executable} {SCRIPT} runs --out out {end}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        shutil.rmtree("out")
