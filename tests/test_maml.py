@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import cosine
+from helpers import cosine
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.func import functional_call
 from torch.nn.functional import one_hot

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import PEARL, ROOT, assert_close_in_bfloat16, assert_refused, graph_of, scalars
+from helpers import PEARL, ROOT, assert_close_in_bfloat16, assert_refused, graph_of, scalars
 from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
