@@ -32,7 +32,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import maml_hyper
-from hypernet import keep_freed_memory, tune
+from hypernet import tune
 from meta_envs import MetaVectorEnv, sample_goals
 
 KEY = ["env_id", "model", "seed", "iteration", "update"]
@@ -136,7 +136,7 @@ def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
         task, weights = task_of[*run, iteration]
         return [task.measure(weights, iteration, update)]
 
-    keep_freed_memory()
+    maml_hyper.keep_freed_memory()
     chosen = {run: chosen_iterations(runs[run][-1], args.num_checkpoints) for run in sorted(runs)}
     todo = [(*r, i, n) for r in chosen for i in chosen[r] for n in range(args.num_updates)]
     settings = {"exp_name": next(iter(runs.values()))[1].exp_name}

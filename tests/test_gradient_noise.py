@@ -2,23 +2,19 @@
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
+import gradient_noise as gn
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_refused, files
+from helpers import ROOT, assert_refused, files
 from scipy.stats import chi2
 
 import maml_hyper
 import td3_hyper
 from meta_envs import MetaVectorEnv, sample_goals
-
-sys.path.insert(0, str(ROOT / "analysis"))
-
-import gradient_noise as gn
 
 SCRIPT, SPREAD = ROOT / "analysis" / "gradient_noise.py", Path("out/gradient_noise_spread.csv")
 FAMILY = Path("runs/maml_hyper/HalfCheetahFwdBack-v0")

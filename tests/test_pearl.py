@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import PEARL, ROOT, assert_close_in_bfloat16, assert_refused, graph_of, scalars
+from helpers import PEARL, ROOT, assert_close_in_bfloat16, assert_refused, graph_of, scalars
 from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
@@ -158,10 +158,11 @@ def test_an_update_moves_everything_and_the_encoder_by_q_loss_and_kl_alone(model
     agent, args = make_agent(model=model, context=context, kl_weight=0.3, tau=0.1)
     before, (batch, z_noise, noise) = copy.deepcopy(agent), make_batch(args)
     encoder = [agent.encoder] if context == "learned" else []
-    z, kl = pearl.infer(agent, batch.context, z_noise)
+    z, kl = pearl.infer(agent, batch.z_input, z_noise)
     loss = pearl.q_loss(agent, batch, z, args)
     assert graph_of(loss)[0] == parameters(agent.q, *encoder)
-    v_loss, policy_loss = pearl.v_and_policy_loss(agent, batch, z, noise, args)
+    policy_loss, y = pearl.policy_loss(agent, batch, z, noise, args)
+    v_loss = pearl.v_loss(agent, batch, z, y)
     assert graph_of(v_loss)[0] == parameters(agent.v)
     assert graph_of(policy_loss)[0] == parameters(agent.policy)
     assert all(p.requires_grad for p in agent.q.parameters())
@@ -187,7 +188,7 @@ def test_critics_weights_come_from_the_state_and_those_of_a_tasks_policy_from_z(
     pearl.update(agent, pearl.make_optimizers(agent, args), batch, z_noise, noise, args)
     assert len(q) == 2 and len(v) == 1 and all(torch.equal(x, batch.obs) for x in q + v)
     assert [x.shape for x in policy] == [(T, 5)]  # not T * N rows
-    assert (agent.q[0].net.hidden.shape[0], agent.v.net.hidden.shape[0]) == (ACTION + 5, 5)
+    assert (agent.q[0].net.hidden.fan_in, agent.v.net.hidden.fan_in) == (ACTION + 5, 5)
 
 
 @MODELS
@@ -195,8 +196,9 @@ def test_critics_weights_come_from_the_state_and_those_of_a_tasks_policy_from_z(
 def test_losses_and_gradients_equal_the_equations_transition_by_transition(model, context):
     agent, args = make_agent(model=model, context=context, gamma=0.9, policy_reg=0.01)
     batch, z_noise, noise = make_batch(args)
-    z, _ = pearl.infer(agent, batch.context, z_noise)
-    v_loss, policy_loss = pearl.v_and_policy_loss(agent, batch, z, noise, args)
+    z, _ = pearl.infer(agent, batch.z_input, z_noise)
+    policy_loss, y = pearl.policy_loss(agent, batch, z, noise, args)
+    v_loss = pearl.v_loss(agent, batch, z, y)
     losses = {"q": pearl.q_loss(agent, batch, z, args), "v": v_loss, "policy": policy_loss}
 
     # Every transition as a task of its own: (T * N, 1, ...)
@@ -231,7 +233,8 @@ def test_bfloat16_has_the_losses_and_gradients_of_float32(model):
 
     def losses(precision: str):
         args.precision = precision  # the networks have the same Args
-        v_loss, policy_loss = pearl.v_and_policy_loss(agent, batch, z, noise, args)
+        policy_loss, y = pearl.policy_loss(agent, batch, z, noise, args)
+        v_loss = pearl.v_loss(agent, batch, z, y)
         return pearl.q_loss(agent, batch, z, args), v_loss, policy_loss
 
     assert_close_in_bfloat16(losses, [agent.q, agent.v, agent.policy])
@@ -243,11 +246,11 @@ def test_the_oracle_is_the_goal_with_no_encoder_no_kl_and_nothing_to_adapt():
         run(PointMass("", GOALS, 2), np.arange(3), 40, posterior)
     assert tasks.encoder_buffer.added == [0, 0, 0]
     batch = pearl.sample_batch(tasks, np.random.default_rng(0), args)
-    assert batch.context.shape == (T, 1) and set(batch.context.flatten().tolist()) <= {*GOALS}
-    reward = -(batch.next_obs.squeeze(-1) - batch.context).square()
+    assert batch.z_input.shape == (T, 1) and set(batch.z_input.flatten().tolist()) <= {*GOALS}
+    reward = -(batch.next_obs.squeeze(-1) - batch.z_input).square()
     torch.testing.assert_close(batch.reward, reward, atol=1e-5, rtol=0)  # of the task of the goal
-    z, kl = pearl.infer(agent, batch.context, torch.randn(T, 5))
-    assert agent.encoder is None and kl == 0 and torch.equal(z, batch.context)
+    z, kl = pearl.infer(agent, batch.z_input, torch.randn(T, 5))
+    assert agent.encoder is None and kl == 0 and torch.equal(z, batch.z_input)
 
     latents, envs = inputs_of(agent.policy.net.primary), PointMass("", [0.5, 2.0], 2)
     assert list(pearl.evaluate(agent, envs, args)) == ["post"] and len(envs.log) == 1

@@ -10,14 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import plot
 import pytest
-from conftest import ROOT, assert_refused, files
+from helpers import ROOT, assert_refused, files
 from matplotlib.colors import to_hex
 from scipy import stats
-
-sys.path.insert(0, str(ROOT / "analysis"))
-
-import plot
 
 import maml_hyper
 import sac_hyper

@@ -6,13 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close_in_bfloat16, graph_of
+from helpers import CRITICS, assert_close_in_bfloat16, graph_of
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 import sac_hyper as sac
 import td3_hyper as td3
-from hypernet import CRITICS
 
 SCRIPTS = pytest.mark.parametrize("script", [td3, sac], ids=["td3", "sac"])
 
@@ -24,12 +23,13 @@ def make_agent(script, critic: str, **options) -> tuple:
     return script.Agent(3, 2, args), args
 
 
-def make_batch(size: int = 10) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def make_batch(size: int = 10) -> tuple[td3.Batch, torch.Tensor]:
     """A batch, and the noise of the target's and of the actor's action."""
     torch.manual_seed(1)
     obs, next_obs = torch.randn(2, size, 3)
     action, terminated = 2 * torch.rand(size, 2) - 1, (torch.rand(size) < 0.3).float()
-    return (obs, action, torch.randn(size), next_obs, terminated), torch.randn(2, size, 2)
+    batch = td3.Batch(obs, action, torch.randn(size), next_obs, terminated)
+    return batch, torch.randn(2, size, 2)
 
 
 def make_optimizers(agent) -> dict[str, torch.optim.Adam]:
@@ -40,7 +40,7 @@ def make_optimizers(agent) -> dict[str, torch.optim.Adam]:
 
 def both_losses(script, agent, batch, noise, args) -> tuple[torch.Tensor, torch.Tensor]:
     """The critics' loss and the actor's."""
-    loss = script.critic_loss(agent, batch, noise[0], args)
+    loss, _ = script.critic_loss(agent, batch, noise[0], args)
     if script is td3:
         return loss, td3.actor_loss(agent, batch, args)
     return loss, sac.actor_loss(agent, batch, noise[1], args)[0]
@@ -82,8 +82,10 @@ def test_losses_of_td3_equal_their_equations_sample_by_sample(critic):
         y = reward + 0.9 * (1 - terminated) * next_q
         critic_loss += sum((q(obs, action) - y).item() ** 2 for q in agent.critics) / 10
         actor_loss -= agent.critics[0](obs, agent.actor(obs)).item() / 10
-    loss = td3.critic_loss(agent, batch, noise, args)
+    loss, mean_q = td3.critic_loss(agent, batch, noise, args)
     assert loss.item() == pytest.approx(critic_loss, rel=1e-4)
+    expected = agent.critics[0](batch.obs, batch.action).mean().item()
+    assert mean_q.item() == pytest.approx(expected) and not mean_q.requires_grad
     assert td3.actor_loss(agent, batch, args).item() == pytest.approx(actor_loss, rel=1e-5)
 
 
@@ -102,8 +104,10 @@ def test_losses_of_sac_equal_their_equations_sample_by_sample(critic):
         a, log_prob = agent.actor.sample(obs, own_noise)
         actor_loss += (alpha * log_prob - min(q(obs, a) for q in agent.critics)).item() / 10
         log_probs.append(log_prob.item())
-    loss = sac.critic_loss(agent, batch, noise[0], args)
+    loss, mean_q = sac.critic_loss(agent, batch, noise[0], args)
     assert loss.item() == pytest.approx(critic_loss, rel=1e-4)
+    expected = agent.critics[0](batch.obs, batch.action).mean().item()
+    assert mean_q.item() == pytest.approx(expected) and not mean_q.requires_grad
     loss, log_prob = sac.actor_loss(agent, batch, noise[1], args)
     assert loss.item() == pytest.approx(actor_loss, rel=1e-4)
     np.testing.assert_allclose(log_prob.numpy(), log_probs, rtol=1e-4, atol=1e-5)
@@ -112,27 +116,31 @@ def test_losses_of_sac_equal_their_equations_sample_by_sample(critic):
     assert graph_of(loss)[0] == {id(agent.log_alpha)}  # and not the actor
 
 
+def changed(network: torch.nn.Module, before: torch.nn.Module) -> set[str]:
+    """The network's children of which a parameter has changed."""
+    pairs = zip(network.named_parameters(), before.parameters())
+    return {name.split(".")[0] for (name, p), old in pairs if not torch.equal(p, old)}
+
+
 @SCRIPTS
-def test_an_update_moves_everything_and_the_targets_by_tau_unless_td3_delays_them(script):
+def test_one_update_moves_the_critics_and_the_other_actor_temperature_and_targets_by_tau(script):
     agent, args = make_agent(script, "sa-hyper", tau=0.1)
     (batch, noise), before, optimizers = make_batch(), copy.deepcopy(agent), make_optimizers(agent)
+    losses = script.update_critics(agent, optimizers, batch, noise[0], args)
+    assert set(losses) == {"critic_loss", "q_value"} and changed(agent, before) == {"critics"}
+    critics = copy.deepcopy(agent.critics)
     if script is td3:
-        losses = td3.update(agent, optimizers, batch, noise[0], args, update_actor=False)
-        pairs = zip(agent.named_parameters(), before.parameters())
-        changed = {name.split(".")[0] for (name, p), old in pairs if not torch.equal(p, old)}
-        assert set(losses) == {"critic_loss"} and changed == {"critics"}
-        before = copy.deepcopy(agent)
-        losses = td3.update(agent, optimizers, batch, noise[0], args, update_actor=True)
-        assert set(losses) == {"critic_loss", "actor_loss"}
+        losses = td3.update_actor_and_targets(agent, optimizers, batch, args)
+        assert set(losses) == {"actor_loss"}
     else:
-        losses = sac.update(agent, optimizers, batch, noise, args)
-        assert set(losses) == {"critic_loss", "actor_loss", "alpha_loss", "alpha"}
+        losses = sac.update_actor_and_targets(agent, optimizers, batch, noise[1], args)
+        assert set(losses) == {"actor_loss", "alpha_loss", "alpha"}
         assert agent.log_alpha != before.log_alpha
-    for new, p, old, old_p in zip(agent.targets, agent.online, before.targets, before.online):
+    for new, p, old in zip(agent.targets, agent.online, before.targets):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * p)
-        assert not torch.equal(p, old_p)
         assert not (new.requires_grad or new.grad_fn)  # or memory would grow
-    assert not torch.equal(agent.actor.hidden1.weight, before.actor.hidden1.weight)
+    assert not changed(agent.critics, critics)
+    assert "actor" in changed(agent, before)
 
 
 @SCRIPTS
@@ -181,8 +189,9 @@ def test_actions_of_sac_are_tanh_of_the_mean_plus_noise_of_a_bounded_std():
 @pytest.mark.parametrize("alpha", [0.2, 0.0])
 def test_without_autotune_the_temperature_stays(alpha):
     agent, args = make_agent(sac, "mlp", autotune=False, alpha=alpha)
-    losses = sac.update(agent, make_optimizers(agent), *make_batch(), args)
-    assert set(losses) == {"critic_loss", "actor_loss"}
+    batch, (_, noise) = make_batch()
+    losses = sac.update_actor_and_targets(agent, make_optimizers(agent), batch, noise, args)
+    assert set(losses) == {"actor_loss"}
     assert all(loss.isfinite() for loss in losses.values())
     assert agent.log_alpha.exp().item() == pytest.approx(alpha)
 
