@@ -24,7 +24,7 @@ def split(runs: pd.DataFrame, column: str) -> pd.DataFrame:
     return runs.assign(label=runs.label.astype(str) + names, run=runs.run + names)
 
 
-def similarity(axis, experiment: str, best: float) -> None:
+def similarity(axis, experiment: str) -> None:
     """Cosine similarity over steps, between chance and the best possible score."""
     table = pd.read_csv(RUNS / experiment / "gradient_accuracy.csv")
     table = table[(table.step > 0) & (table.critic != "as-hyper")]
@@ -34,6 +34,7 @@ def similarity(axis, experiment: str, best: float) -> None:
         seeds = both[critic].unstack("seed")
         axis.plot(seeds.index / 1e3, seeds, linewidth=0.8, alpha=0.4, color=COLOURS[critic])
         axis.plot(seeds.mean(axis=1).rename(lambda s: s / 1e3), lw=2.4, color=COLOURS[critic])
+    best = table.similarity_of_two.mean() ** 0.5
     for y, words in ((0, "chance"), (best, "best\npossible")):
         axis.axhline(y, color="0.5", linewidth=0.8, linestyle="--")
         axis.text(1.01, y, words, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
@@ -45,7 +46,7 @@ def similarity(axis, experiment: str, best: float) -> None:
 def main(out: Path) -> None:
     plt.rcParams.update({"font.size": 9, "legend.frameon": False, "axes.titlelocation": "left"})
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
-    learning_rate, eight, fixed, learning, maml, pearl = axes.flat
+    learning_rate, fixed, learning, eight, maml, pearl = axes.flat
 
     experiment = "td3_halfcheetah_learning_rate_bfloat16"
     curves(learning_rate, runs_of(*(f"{experiment}/{v}" for v in ("released", "1e-3"))))
@@ -58,13 +59,13 @@ def main(out: Path) -> None:
     eight.set_xlabel("mean return at 2,500 to 20,000 steps")
     eight.set_title("3  HalfCheetah, 1,000 random steps:\nahead of most critics, not of d2rl")
 
-    similarity(fixed, "td3_hopper_fixed_policy/paper_primary/hold3", best=0.97)
+    similarity(fixed, "td3_hopper_fixed_policy/paper_primary/hold3")
     fixed.set_title("2  Action gradients, Hopper,\nfixed policy: both learn them")
     for critic in ("sa-hyper", "mlp"):
         fixed.plot([], [], color=COLOURS[critic], linewidth=2.4, label=f"{critic} (3)")
     fixed.legend(loc="center right")
 
-    similarity(learning, "td3_hopper_critics", best=0.76)
+    similarity(learning, "td3_hopper_critics")
     learning.set_title("2  The same, learning actor:\nneither is much above chance")
 
     runs = runs_of("maml_full_batch")
