@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hypernet import CudaGraph, HyperNetwork, tune
+from hypernet import CudaGraph, Float32Linear, HyperNetwork, tune
 from meta_envs import FAMILIES, MetaVectorEnv, sample_goals
 
 
@@ -155,9 +155,9 @@ class MLP(nn.Module):
 
     def __init__(self, *widths: int, output: float = 3e-3):
         super().__init__()
-        layers = []
-        for fan_in, fan_out in zip(widths, widths[1:]):
-            linear = nn.Linear(fan_in, fan_out)
+        layers, kinds = [], (len(widths) - 2) * [nn.Linear] + [Float32Linear]
+        for kind, fan_in, fan_out in zip(kinds, widths, widths[1:]):
+            linear = kind(fan_in, fan_out)
             nn.init.uniform_(linear.weight, -(fan_out**-0.5), fan_out**-0.5)
             nn.init.constant_(linear.bias, 0.1)
             layers += [linear, nn.ReLU()]
