@@ -22,7 +22,7 @@ set -euo pipefail
 
 stop() { echo "error: $*" >&2 && exit 2; }
 ((BASH_VERSINFO[0] >= 5)) || stop "this needs bash 5, and bash is $BASH_VERSION here"
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")"
 self=$PWD/$(basename "${BASH_SOURCE[0]}")
 # On Linux, setpriv has the kernel kill a process when its parent is gone, whatever ended that one.
 tied=()
@@ -31,6 +31,7 @@ tied=()
 # One run, as xargs and a Slurm array task start it: ./benchmark.sh --task RUN_DIR COMMAND
 if [[ ${1-} == --task ]]; then
     mkdir -p "$(dirname "$2")"
+    [[ ! ${gpu_slot-} ]] || export CUDA_VISIBLE_DEVICES=$((gpu_slot % gpus))
     for _ in 1 2; do
         echo "+ $3" >>"$2.log"
         eval "${tied[*]} $3" >>"$2.log" 2>&1 </dev/null && echo "complete: $2" && exit
@@ -59,12 +60,13 @@ while (($#)) && [[ $1 != -- ]]; do
 done
 
 # What follows -- can decide where the runs are, and that complete ones are to be made longer.
-exp_name='' suffix='' longer='' extra='' option=''
+exp_name='' suffix='' longer='' extra='' option='' device=''
 for word in "${@:2}"; do
     extra+=" $(printf %q "$word")"
     [[ $word != --*=* ]] || { option=${word%%=*} && word=${word#*=}; }
     case ${option//_/-} in
-    --runs-dir) runs_dir=$word ;;
+    --runs-dir) runs_dir=${word/#\~\//$HOME/} ;;
+    --device) device=$word ;;
     --exp-name) exp_name=$word ;;
     --context) suffix=-$word ;;
     --total-timesteps | --num-iterations) longer=1 ;;
@@ -139,8 +141,14 @@ fi
 cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 jobs=${jobs:-$cores}
 export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1))
+slots=()
+if [[ ! ${CUDA_VISIBLE_DEVICES+set} && $device != cuda:* ]]; then
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || true
+    export gpus # with several, the runs at work at the same time have different ones
+    ((gpus < 2)) || slots=(--process-slot-var=gpu_slot)
+fi
 set -m # xargs and the runs are a process group of their own, which is killed when this script ends
-xargs=("${tied[@]}" xargs -0 -n 2 -P "$jobs" "${tied[@]}" bash "$self" --task)
+xargs=("${tied[@]}" xargs -0 -n 2 -P "$jobs" "${slots[@]}" "${tied[@]}" bash "$self" --task)
 "${xargs[@]}" < <(printf '%s\0' "${todo[@]}") &
 group=$! code=0
 trap 'kill -KILL -- "-$group"; echo "stopped; run it again to go on" >&2; exit 130' INT TERM HUP

@@ -24,6 +24,14 @@ from torch.utils._pytree import tree_map
 Weights = tuple[tuple[Tensor, Tensor, Tensor], ...]  # (W, b, g) of each dynamic layer
 
 
+class Float32Linear(nn.Linear):
+    """Under autocast, too, it is exact: bfloat16 would round a Q near 1,000 to a multiple of 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class ResidualBlock(nn.Module):
     """`x + Linear(relu(Linear(relu(x))))`, shape (..., width) -> (..., width) (released)."""
 
@@ -59,11 +67,11 @@ class Head(nn.Module):
     latent (..., latent_dim) -> W (..., fan_in, fan_out), b (..., 1, fan_out), g (..., 1, fan_out)
     """
 
-    def __init__(self, latent_dim: int, fan_in: int, fan_out: int):
+    def __init__(self, latent_dim: int, fan_in: int, fan_out: int, linear_b: type = nn.Linear):
         super().__init__()
         self.fan_in, self.fan_out = fan_in, fan_out
         self.to_W = nn.Linear(latent_dim, fan_in * fan_out)
-        self.to_b = nn.Linear(latent_dim, fan_out)
+        self.to_b = linear_b(latent_dim, fan_out)
         self.to_g = nn.Linear(latent_dim, fan_out)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +97,7 @@ class HyperNetwork(nn.Module):
         super().__init__()
         self.primary = make_primary(meta_dim, primary_widths)
         self.hidden = Head(primary_widths[-1], base_dim, dynamic_width)
-        self.output = Head(primary_widths[-1], dynamic_width, out_dim)
+        self.output = Head(primary_widths[-1], dynamic_width, out_dim, linear_b=Float32Linear)
         init_heads(self, init)
 
     def generate(self, meta: Tensor) -> Weights:
@@ -105,7 +113,8 @@ class HyperNetwork(nn.Module):
         """
         (W1, b1, g1), (W2, b2, g2) = weights
         h = F.relu(base @ ((1 + g1) * W1) + b1)
-        return h @ ((1 + g2) * W2) + b2
+        with torch.autocast(h.device.type, enabled=False):  # as in Float32Linear
+            return h @ ((1 + g2) * W2) + b2
 
     def forward(self, meta: Tensor, base: Tensor) -> Tensor:
         """f_{w(meta)}(base): (..., meta_dim), (..., base_dim) -> (..., out_dim)"""
@@ -161,7 +170,7 @@ def make_mlp(input_dim: int, *widths: int) -> nn.Sequential:
     layers = []
     for fan_in, width in zip((input_dim, *widths), widths):
         layers += [nn.Linear(fan_in, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+    return nn.Sequential(*layers, Float32Linear(widths[-1], 1))
 
 
 class ConcatCritic(nn.Module):
@@ -182,7 +191,7 @@ class D2RL(nn.Module):
         super().__init__()
         fan_in = 256 + input_dim
         self.layers = nn.ModuleList(nn.Linear(n, 256) for n in (input_dim, fan_in, fan_in, fan_in))
-        self.output = nn.Linear(256, 1)
+        self.output = Float32Linear(256, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.layers[0](x))
@@ -228,7 +237,7 @@ def make_critic(
             return ResNetFeaturesCritic(obs_dim, action_dim, primary_widths)
         case "resnet35":  # 4.6M weights (paper: 4.5M)
             blocks = [ResidualBlock(256) for _ in range(35)]
-            net = nn.Sequential(nn.Linear(dim, 256), *blocks, nn.ReLU(), nn.Linear(256, 1))
+            net = nn.Sequential(nn.Linear(dim, 256), *blocks, nn.ReLU(), Float32Linear(256, 1))
             return ConcatCritic(net)
         case "d2rl":
             return ConcatCritic(D2RL(dim))
@@ -280,7 +289,7 @@ class CudaGraph:
     def __call__(self, *inputs):
         self.calls += 1
         if self.calls <= 3:
-            return self.function(*inputs)
+            return self.function(*tree_map(torch.clone, inputs))  # contiguous, as in the graph
         if self.calls == 4:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):

@@ -19,6 +19,8 @@ import importlib.util
 import json
 import math
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +33,8 @@ from typing import Literal, NamedTuple, NoReturn
 from zipfile import ZipFile
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # lets two runs share cores (results/speed.md)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up, here or later
 
 import filelock
 import numpy as np
@@ -115,7 +119,9 @@ class Args:
     def __post_init__(self):
         if self.inner_lr is None:
             self.inner_lr = 5e-5 if self.model == "hyper" else 0.1
-        check_args(self, ("seed", "save_every", "num_adapt_steps"), shares=("gamma", "gae_lambda"))
+        check_args(
+            self, from_0=("seed", "save_every", "num_adapt_steps"), to_1=("gamma", "gae_lambda")
+        )
         if self.meta_batch_size > self.num_train_goals:
             raise ValueError("--meta-batch-size must not be above --num-train-goals")
         if self.max_kl == 0:
@@ -604,6 +610,8 @@ def train(args: Args) -> None:
 # a directory that its arguments name, belongs to one process at a time, and goes on from its last
 # checkpoint if it was interrupted, bit for bit.
 
+at_end = contextlib.ExitStack()  # closes the environments, however the script ends
+
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """Exits with one line on stderr; code 2 means bad use, 1 a run that went wrong."""
@@ -611,7 +619,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None:
+def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
     """Raises ValueError, which tyro reports, for a number out of range or a missing device."""
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
@@ -619,13 +627,13 @@ def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None
             raise ValueError(f"{flag} needs at least one number")
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
-                minimum = 1 if type(number) is int and name not in may_be_0 else 0
+                minimum = 1 if type(number) is int and name not in from_0 else 0
                 if not minimum <= number < 2**62:
                     raise ValueError(f"{flag} {number}: must be at least {minimum}, and finite")
-                if name in shares and number > 1:
+                if name in to_1 and number > 1:
                     raise ValueError(f"{flag} {number}: must be at most 1")
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()  # meta is a device without numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {error}") from None
     if args.track and not importlib.util.find_spec("wandb"):
@@ -663,16 +671,20 @@ class Run:
         """Locks the directory; exits if another process has it."""
         self.args, self.total, self.eval_csv = args, total, columns + "\n"
         self.unit = columns.split(",")[0]  # global_step or iteration
-        env = args.env_id.replace("/", "-").replace(":", "-")
-        self.dir = Path(args.runs_dir, args.exp_name, env, model, f"seed{args.seed}")
+        names = (".", args.exp_name, re.sub("[/:]", "-", args.env_id), model, f"seed{args.seed}")
+        self.dir = Path(args.runs_dir, "/".join(names)).expanduser()
+        file = self.dir / ".lock"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock = filelock.FileLock(self.dir / ".lock", blocking=False)
+            self.lock = filelock.FileLock(file, timeout=1)
             self.lock.acquire()
+            if not isinstance(self.lock, filelock.SoftFileLock):  # which writes the same by itself
+                file.write_text(f"{os.getpid()}\n{os.uname().nodename}\n")
         except filelock.Timeout:
-            stop(f"another process is training in {self.dir}")
+            holder = "process " + " on ".join(file.read_text().split()[:2])
+            stop(f"another process is training in {self.dir} ({holder}); if gone, remove {file}")
         except OSError as error:
-            stop(f"--runs-dir {args.runs_dir}: cannot write there: {error}")
+            stop(f"--runs-dir {args.runs_dir}: cannot write or lock there: {error}")
 
     def resume(self, rng: np.random.Generator, **parts) -> int:
         """Loads the last checkpoint, if any, into `rng` and `parts`; returns its step, or 0.
@@ -695,6 +707,8 @@ class Run:
             if done == self.total and summary.exists():
                 print(f"{self.dir} is complete")
                 sys.exit()
+            if summary.exists() and not (old["save_every"] and done % old["save_every"] == 0):
+                (self.dir / f"step_{done}.pt").unlink(missing_ok=True)  # no longer the last
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             rng.bit_generator.state = checkpoint["rng"]
@@ -704,16 +718,24 @@ class Run:
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
         versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
-        versions["git"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        git = ["env", "git", "-C", Path(__file__).parent, "rev-parse", "--verify", "HEAD"]
+        versions["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
         write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
-        print(f"{self.dir}: {self.unit} {step} of {self.total}", flush=True)
+        print(f"{self.dir}: {self.unit} {step} of {self.total}")
         if self.args.track:
             import wandb
 
-            name = "-".join(self.dir.parts[-4:])
-            options = dict(id=name, name=name, resume="allow", sync_tensorboard=True)
-            wandb.init(project="hypernets", config=self.config, dir=self.dir, **options)
+            if not (id_file := self.dir / "wandb_id").exists():
+                write(id_file, os.urandom(8).hex())
+            options = dict(id=id_file.read_text(), resume="allow", sync_tensorboard=True)
+            try:
+                name = "-".join(self.dir.parts[-4:])
+                wandb.init(project="hypernets", name=name, config=self.config, **options)
+            except wandb.Error as error:
+                stop(f"--track: {error}")
+        for i, file in enumerate(sorted(self.dir.glob("events.*"))):  # the new one must sort last
+            file.rename(file.with_name(re.sub(r"\d+", f"{i:010}", file.name, count=1)))
         self.writer = SummaryWriter(self.dir, purge_step=step)
         self.bar = tqdm(initial=step, total=self.total, smoothing=0, disable=None)
         self.first_env_steps, self.clock = self.env_steps, time.perf_counter()
@@ -774,7 +796,6 @@ class Run:
         text = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
         speed = f" ({sps:.0f} environment steps per second)" if sps else ""
         self.bar.write(f"{self.unit} {step}: {text}{speed}")
-        sys.stdout.flush()
 
     def finish(self, results: dict[str, float]) -> None:
         """Marks the run as complete."""
@@ -785,10 +806,15 @@ class Run:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    tune(args.device, args.precision)
+    sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # it may be unable to write π
+    os.set_inheritable(sys.stderr.fileno(), True)  # a child process of glfw needs one
     try:
-        train(args)
+        args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+        tune(args.device, args.precision)
+        random.seed(args.seed)  # for environments that draw from the global generators
+        np.random.seed(args.seed % 2**32)
+        with at_end:
+            train(args)
     except OSError as error:  # the disk is full, say
         stop(str(error), code=1)

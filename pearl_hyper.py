@@ -9,6 +9,7 @@ state makes the weights of the critics, f_{w(s)}(a, z) and f_{w(s)}(z), and z th
 In the help, (paper) marks a value from the paper and (released) one from the authors' code.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.metadata
@@ -16,6 +17,8 @@ import importlib.util
 import json
 import math
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +29,8 @@ from typing import Literal, NamedTuple, NoReturn
 from zipfile import ZipFile
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # lets two runs share cores (results/speed.md)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up, here or later
 
 import filelock
 import numpy as np
@@ -36,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hypernet import CudaGraph, HyperNetwork, tune
+from hypernet import CudaGraph, Float32Linear, HyperNetwork, tune
 from meta_envs import FAMILIES, MetaVectorEnv, sample_goals
 
 
@@ -129,7 +134,9 @@ class Args:
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        check_args(self, ("seed", "save_every", "num_posterior_steps"), shares=("gamma", "tau"))
+        check_args(
+            self, from_0=("seed", "save_every", "num_posterior_steps"), to_1=("gamma", "tau")
+        )
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError("--cuda-graph needs --device cuda")
 
@@ -155,9 +162,9 @@ class MLP(nn.Module):
 
     def __init__(self, *widths: int, output: float = 3e-3):
         super().__init__()
-        layers = []
-        for fan_in, fan_out in zip(widths, widths[1:]):
-            linear = nn.Linear(fan_in, fan_out)
+        layers, kinds = [], (len(widths) - 2) * [nn.Linear] + [Float32Linear]
+        for kind, fan_in, fan_out in zip(kinds, widths, widths[1:]):
+            linear = kind(fan_in, fan_out)
             nn.init.uniform_(linear.weight, -(fan_out**-0.5), fan_out**-0.5)
             nn.init.constant_(linear.bias, 0.1)
             layers += [linear, nn.ReLU()]
@@ -638,6 +645,8 @@ def train(args: Args) -> None:
 # a directory that its arguments name, belongs to one process at a time, and goes on from its last
 # checkpoint if it was interrupted, bit for bit.
 
+at_end = contextlib.ExitStack()  # closes the environments, however the script ends
+
 
 def stop(message: str, code: int = 2) -> NoReturn:
     """Exits with one line on stderr; code 2 means bad use, 1 a run that went wrong."""
@@ -645,7 +654,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None:
+def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
     """Raises ValueError, which tyro reports, for a number out of range or a missing device."""
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
@@ -653,13 +662,13 @@ def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None
             raise ValueError(f"{flag} needs at least one number")
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
-                minimum = 1 if type(number) is int and name not in may_be_0 else 0
+                minimum = 1 if type(number) is int and name not in from_0 else 0
                 if not minimum <= number < 2**62:
                     raise ValueError(f"{flag} {number}: must be at least {minimum}, and finite")
-                if name in shares and number > 1:
+                if name in to_1 and number > 1:
                     raise ValueError(f"{flag} {number}: must be at most 1")
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()  # meta is a device without numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {error}") from None
     if args.track and not importlib.util.find_spec("wandb"):
@@ -697,16 +706,20 @@ class Run:
         """Locks the directory; exits if another process has it."""
         self.args, self.total, self.eval_csv = args, total, columns + "\n"
         self.unit = columns.split(",")[0]  # global_step or iteration
-        env = args.env_id.replace("/", "-").replace(":", "-")
-        self.dir = Path(args.runs_dir, args.exp_name, env, model, f"seed{args.seed}")
+        names = (".", args.exp_name, re.sub("[/:]", "-", args.env_id), model, f"seed{args.seed}")
+        self.dir = Path(args.runs_dir, "/".join(names)).expanduser()
+        file = self.dir / ".lock"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock = filelock.FileLock(self.dir / ".lock", blocking=False)
+            self.lock = filelock.FileLock(file, timeout=1)
             self.lock.acquire()
+            if not isinstance(self.lock, filelock.SoftFileLock):  # which writes the same by itself
+                file.write_text(f"{os.getpid()}\n{os.uname().nodename}\n")
         except filelock.Timeout:
-            stop(f"another process is training in {self.dir}")
+            holder = "process " + " on ".join(file.read_text().split()[:2])
+            stop(f"another process is training in {self.dir} ({holder}); if gone, remove {file}")
         except OSError as error:
-            stop(f"--runs-dir {args.runs_dir}: cannot write there: {error}")
+            stop(f"--runs-dir {args.runs_dir}: cannot write or lock there: {error}")
 
     def resume(self, rng: np.random.Generator, **parts) -> int:
         """Loads the last checkpoint, if any, into `rng` and `parts`; returns its step, or 0.
@@ -729,6 +742,8 @@ class Run:
             if done == self.total and summary.exists():
                 print(f"{self.dir} is complete")
                 sys.exit()
+            if summary.exists() and not (old["save_every"] and done % old["save_every"] == 0):
+                (self.dir / f"step_{done}.pt").unlink(missing_ok=True)  # no longer the last
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             rng.bit_generator.state = checkpoint["rng"]
@@ -738,16 +753,24 @@ class Run:
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
         versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
-        versions["git"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        git = ["env", "git", "-C", Path(__file__).parent, "rev-parse", "--verify", "HEAD"]
+        versions["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
         write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
-        print(f"{self.dir}: {self.unit} {step} of {self.total}", flush=True)
+        print(f"{self.dir}: {self.unit} {step} of {self.total}")
         if self.args.track:
             import wandb
 
-            name = "-".join(self.dir.parts[-4:])
-            options = dict(id=name, name=name, resume="allow", sync_tensorboard=True)
-            wandb.init(project="hypernets", config=self.config, dir=self.dir, **options)
+            if not (id_file := self.dir / "wandb_id").exists():
+                write(id_file, os.urandom(8).hex())
+            options = dict(id=id_file.read_text(), resume="allow", sync_tensorboard=True)
+            try:
+                name = "-".join(self.dir.parts[-4:])
+                wandb.init(project="hypernets", name=name, config=self.config, **options)
+            except wandb.Error as error:
+                stop(f"--track: {error}")
+        for i, file in enumerate(sorted(self.dir.glob("events.*"))):  # the new one must sort last
+            file.rename(file.with_name(re.sub(r"\d+", f"{i:010}", file.name, count=1)))
         self.writer = SummaryWriter(self.dir, purge_step=step)
         self.bar = tqdm(initial=step, total=self.total, smoothing=0, disable=None)
         self.first_env_steps, self.clock = self.env_steps, time.perf_counter()
@@ -808,7 +831,6 @@ class Run:
         text = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
         speed = f" ({sps:.0f} environment steps per second)" if sps else ""
         self.bar.write(f"{self.unit} {step}: {text}{speed}")
-        sys.stdout.flush()
 
     def finish(self, results: dict[str, float]) -> None:
         """Marks the run as complete."""
@@ -819,10 +841,15 @@ class Run:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    tune(args.device, args.precision)
+    sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # it may be unable to write π
+    os.set_inheritable(sys.stderr.fileno(), True)  # a child process of glfw needs one
     try:
-        train(args)
+        args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+        tune(args.device, args.precision)
+        random.seed(args.seed)  # for environments that draw from the global generators
+        np.random.seed(args.seed % 2**32)
+        with at_end:
+            train(args)
     except OSError as error:  # the disk is full, say
         stop(str(error), code=1)

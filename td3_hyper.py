@@ -9,22 +9,29 @@ actor follows ∇_a Q, which flows through the dynamic network alone (Fig. 2; `a
 In the help, (paper) marks a value from the paper and (released) one from the authors' code.
 """
 
+import ast
+import contextlib
 import copy
 import functools
 import importlib.metadata
 import importlib.util
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 from zipfile import ZipFile
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # lets two runs share cores (results/speed.md)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up, here or later
 
 import filelock
 import gymnasium as gym
@@ -76,8 +83,9 @@ class Args:
     env_id: str = "Hopper-v4"
     """Gymnasium environment with a flat Box of observations and a bounded, flat Box of actions
     (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
-    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """the environment's own arguments; the paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
+    env_kwargs: dict[str, str] = field(default_factory=dict)
+    """the environment's own arguments, values as in Python (true, none and inf in any case); the
+    paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
     seed: int = 1
     """seed of network weights, environment, exploration and batches (paper: 5 seeds)"""
     total_timesteps: int = 1_000_000
@@ -107,8 +115,10 @@ class Args:
         if self.critic_lr is None:
             self.critic_lr = 5e-5 if self.critic in ("sa-hyper", "as-hyper") else 3e-4
         if self.learning_starts is None:
-            self.learning_starts = 10000 if self.env_id.startswith(("HalfCheetah", "Ant")) else 1000
-        check_args(self, ("seed", "save_every", "learning_starts"), shares=("gamma", "tau"))
+            slow = self.env_id.rpartition("-v")[0] in ("HalfCheetah", "Ant")
+            self.learning_starts = 10_000 if slow else 1_000
+        self.env_kwargs = {name: read_value(value) for name, value in self.env_kwargs.items()}
+        check_args(self, from_0=("seed", "save_every", "learning_starts"), to_1=("gamma", "tau"))
         starts, total = self.learning_starts, self.total_timesteps
         if starts >= total:
             raise ValueError(f"--learning-starts {starts} must be below --total-timesteps {total}")
@@ -241,29 +251,6 @@ class ReplayBuffer:
         self.added = state["added"]
 
 
-def make_env(args: Args, **kwargs) -> gym.Env:
-    """The environment with actions in [-1, 1], float32 observations and rewards that are floats."""
-    gym.logger.min_level = gym.logger.ERROR  # Gymnasium would warn that v4 is not the newest
-    try:
-        env = gym.make(args.env_id, **args.env_kwargs, **kwargs)
-        if env.spec.id != args.env_id.split(":")[-1]:
-            raise ValueError(f"give the version, the newest is {env.spec.id}")
-        obs, action = env.observation_space, env.action_space
-        flat = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in (obs, action))
-        if not flat or not action.is_bounded():
-            raise ValueError(f"needs flat observations and flat, bounded actions: {obs}, {action}")
-        env = gym.wrappers.TransformReward(env, lambda reward: float(np.asarray(reward).item()))
-        env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="totals")
-        # A copy, since an environment may return the same array every time and change it in place
-        env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), obs)
-        # Clipped, since rescaling may leave the bounds by a rounding error
-        env = gym.wrappers.TransformAction(env, lambda a: a.clip(action.low, action.high), action)
-        env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
-    except Exception as error:  # whatever the author of the environment raises
-        stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {error}")
-    return env
-
-
 @torch.inference_mode()
 def act(actor: Actor, obs: np.ndarray, device: str) -> np.ndarray:
     """π(s) for one observation: (obs,) -> (action,)"""
@@ -288,6 +275,8 @@ def train(args: Args) -> None:
     if env.spec.max_episode_steps is None:
         limit = "--env-kwargs max_episode_steps 1000"
         print(f"warning: no time limit; if an episode may never end, add {limit}", file=sys.stderr)
+    eval_env.reset(seed=args.seed)  # fail now rather than with a run directory
+    eval_env.step(np.zeros(env.action_space.shape, np.float32))
     run = Run(args, args.critic, args.total_timesteps, "global_step,episode,return,length")
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(args.seed)  # initial weights
@@ -355,9 +344,72 @@ def train(args: Args) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# TD3 and SAC end here. What other people's environments need is the same in both.
+
+
+def make_env(args: Args, **kwargs) -> gym.Env:
+    """The environment with actions in [-1, 1], float32 observations and rewards that are floats."""
+    gym.logger.min_level = gym.logger.ERROR  # Gymnasium would warn that v4 is not the newest
+    sys.path.append("")  # the current folder may hold the module of --env-id module:Name-v0
+    try:
+        env = gym.make(args.env_id, **args.env_kwargs, **kwargs)
+        at_end.callback(env.close)
+        if env.spec.id != args.env_id.split(":")[-1]:
+            raise ValueError(f"give the version, the newest is {env.spec.id}")
+        obs, action = env.observation_space, env.action_space
+        flat = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in (obs, action))
+        if not flat or not action.is_bounded():
+            raise ValueError(f"needs flat observations and flat, bounded actions: {obs}, {action}")
+        if action.dtype.kind != "f":
+            raise ValueError(f"needs actions of a float type, not {action.dtype}: {action}")
+        with np.errstate(all="ignore"):
+            scale = 2 / (action.high - action.low)  # inf or 0 where that is 0 or overflows
+        if not ((0 < scale) & (scale < np.inf)).all():
+            raise ValueError(f"needs actions with bounds that are neither equal nor huge: {action}")
+        env = gym.wrappers.TransformReward(env, to_float)
+        env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="totals")
+        # A copy, since an environment may return the same array every time and change it in place
+        env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), obs)
+        # Clipped, since rescaling may leave the bounds by a rounding error
+        env = gym.wrappers.TransformAction(
+            env, lambda a: a.clip(action.low, action.high).astype(action.dtype), action
+        )
+        env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
+    except Exception as error:  # whatever the author of the environment raises
+        last = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
+        known = isinstance(error, gym.error.Error | ImportError) or last.filename == __file__
+        where = "" if known else f" ({type(error).__name__} at {last.filename}:{last.lineno})"
+        stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {error}{where}")
+    return env
+
+
+def to_float(reward) -> float:
+    """Exits unless the reward is one number."""
+    number = np.asarray(reward)
+    if number.size != 1 or not isinstance(number.item(), (int, float)):
+        stop(f"the environment's reward must be one number, not {reward!r}")
+    return float(number.item())
+
+
+def read_value(text):
+    """The number, bool, None, tuple, list or dict that `text` is in Python, else `text` itself.
+
+    true, false, none and inf may be in any case. Reading what has been read changes nothing.
+    """
+    names = {"true": "True", "false": "False", "none": "None", "inf": "1e999"}
+    with contextlib.suppress(Exception):
+        spelled = re.sub(r"\w+", lambda word: names.get(word[0].lower(), word[0]), text)
+        json.dumps(value := ast.literal_eval(spelled))  # config.json must be able to hold it
+        return text if isinstance(value, str) else value
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
 # The method ends here. What follows is the same in all four scripts, to the letter: a run lives in
 # a directory that its arguments name, belongs to one process at a time, and goes on from its last
 # checkpoint if it was interrupted, bit for bit.
+
+at_end = contextlib.ExitStack()  # closes the environments, however the script ends
 
 
 def stop(message: str, code: int = 2) -> NoReturn:
@@ -366,7 +418,7 @@ def stop(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None:
+def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
     """Raises ValueError, which tyro reports, for a number out of range or a missing device."""
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
@@ -374,13 +426,13 @@ def check_args(args, may_be_0: tuple[str, ...], shares: tuple[str, ...]) -> None
             raise ValueError(f"{flag} needs at least one number")
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
-                minimum = 1 if type(number) is int and name not in may_be_0 else 0
+                minimum = 1 if type(number) is int and name not in from_0 else 0
                 if not minimum <= number < 2**62:
                     raise ValueError(f"{flag} {number}: must be at least {minimum}, and finite")
-                if name in shares and number > 1:
+                if name in to_1 and number > 1:
                     raise ValueError(f"{flag} {number}: must be at most 1")
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()  # meta is a device without numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {error}") from None
     if args.track and not importlib.util.find_spec("wandb"):
@@ -418,16 +470,20 @@ class Run:
         """Locks the directory; exits if another process has it."""
         self.args, self.total, self.eval_csv = args, total, columns + "\n"
         self.unit = columns.split(",")[0]  # global_step or iteration
-        env = args.env_id.replace("/", "-").replace(":", "-")
-        self.dir = Path(args.runs_dir, args.exp_name, env, model, f"seed{args.seed}")
+        names = (".", args.exp_name, re.sub("[/:]", "-", args.env_id), model, f"seed{args.seed}")
+        self.dir = Path(args.runs_dir, "/".join(names)).expanduser()
+        file = self.dir / ".lock"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock = filelock.FileLock(self.dir / ".lock", blocking=False)
+            self.lock = filelock.FileLock(file, timeout=1)
             self.lock.acquire()
+            if not isinstance(self.lock, filelock.SoftFileLock):  # which writes the same by itself
+                file.write_text(f"{os.getpid()}\n{os.uname().nodename}\n")
         except filelock.Timeout:
-            stop(f"another process is training in {self.dir}")
+            holder = "process " + " on ".join(file.read_text().split()[:2])
+            stop(f"another process is training in {self.dir} ({holder}); if gone, remove {file}")
         except OSError as error:
-            stop(f"--runs-dir {args.runs_dir}: cannot write there: {error}")
+            stop(f"--runs-dir {args.runs_dir}: cannot write or lock there: {error}")
 
     def resume(self, rng: np.random.Generator, **parts) -> int:
         """Loads the last checkpoint, if any, into `rng` and `parts`; returns its step, or 0.
@@ -450,6 +506,8 @@ class Run:
             if done == self.total and summary.exists():
                 print(f"{self.dir} is complete")
                 sys.exit()
+            if summary.exists() and not (old["save_every"] and done % old["save_every"] == 0):
+                (self.dir / f"step_{done}.pt").unlink(missing_ok=True)  # no longer the last
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             rng.bit_generator.state = checkpoint["rng"]
@@ -459,16 +517,24 @@ class Run:
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
         versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
-        versions["git"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        git = ["env", "git", "-C", Path(__file__).parent, "rev-parse", "--verify", "HEAD"]
+        versions["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
         write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
-        print(f"{self.dir}: {self.unit} {step} of {self.total}", flush=True)
+        print(f"{self.dir}: {self.unit} {step} of {self.total}")
         if self.args.track:
             import wandb
 
-            name = "-".join(self.dir.parts[-4:])
-            options = dict(id=name, name=name, resume="allow", sync_tensorboard=True)
-            wandb.init(project="hypernets", config=self.config, dir=self.dir, **options)
+            if not (id_file := self.dir / "wandb_id").exists():
+                write(id_file, os.urandom(8).hex())
+            options = dict(id=id_file.read_text(), resume="allow", sync_tensorboard=True)
+            try:
+                name = "-".join(self.dir.parts[-4:])
+                wandb.init(project="hypernets", name=name, config=self.config, **options)
+            except wandb.Error as error:
+                stop(f"--track: {error}")
+        for i, file in enumerate(sorted(self.dir.glob("events.*"))):  # the new one must sort last
+            file.rename(file.with_name(re.sub(r"\d+", f"{i:010}", file.name, count=1)))
         self.writer = SummaryWriter(self.dir, purge_step=step)
         self.bar = tqdm(initial=step, total=self.total, smoothing=0, disable=None)
         self.first_env_steps, self.clock = self.env_steps, time.perf_counter()
@@ -529,7 +595,6 @@ class Run:
         text = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
         speed = f" ({sps:.0f} environment steps per second)" if sps else ""
         self.bar.write(f"{self.unit} {step}: {text}{speed}")
-        sys.stdout.flush()
 
     def finish(self, results: dict[str, float]) -> None:
         """Marks the run as complete."""
@@ -540,10 +605,15 @@ class Run:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    tune(args.device, args.precision)
+    sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # it may be unable to write π
+    os.set_inheritable(sys.stderr.fileno(), True)  # a child process of glfw needs one
     try:
-        train(args)
+        args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+        tune(args.device, args.precision)
+        random.seed(args.seed)  # for environments that draw from the global generators
+        np.random.seed(args.seed % 2**32)
+        with at_end:
+            train(args)
     except OSError as error:  # the disk is full, say
         stop(str(error), code=1)

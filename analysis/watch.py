@@ -36,7 +36,7 @@ import sac_hyper
 import td3_hyper
 from hypernet import tune
 from meta_envs import MetaVectorEnv, sample_goals
-from td3_hyper import stop
+from td3_hyper import at_end, stop
 
 META = (maml_hyper, pearl_hyper)
 
@@ -125,7 +125,9 @@ def main(args: Args) -> None:
     glfw.terminate()
     if args.video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display
-    options = {"render_mode": "human" if args.human else "rgb_array" if args.video else None}
+    options = {}  # not every environment has a render_mode
+    if args.human or args.video:
+        options["render_mode"] = "human" if args.human else "rgb_array"
     if args.video and args.width != 480:
         options |= {"width": args.width, "height": args.width}
     if meta:
@@ -133,6 +135,7 @@ def main(args: Args) -> None:
         options["max_episode_steps"] = run_args.horizon
         try:
             env = gym.make(run_args.env_id, goal=goal, **options)
+            at_end.callback(env.close)
         except ValueError as error:
             stop(f"--goal {goal}: {error}")
     else:
@@ -177,7 +180,6 @@ def main(args: Args) -> None:
                 returns[-1] += reward
                 length, done = length + 1, terminated or truncated
             print(f"episode {episode}: return {returns[-1]:.2f}, {length} steps", flush=True)
-    env.close()
     print(f"mean of {args.episodes}: {np.mean(returns):.2f}")
 
 
@@ -191,7 +193,12 @@ def open_video(file: Path, fps: float):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    tune("cpu", "float32")
-    main(args)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no clean-up
+    try:
+        args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+        tune("cpu", "float32")
+        with at_end, sac_hyper.at_end:  # closes the environment
+            main(args)
+    except BrokenPipeError as error:  # watch.py RUN_DIR | head
+        stop(str(error), code=1)

@@ -24,7 +24,7 @@ def start(script, *args: object, **options) -> subprocess.Popen:
     """Starts a script as a process of its own."""
     command = [sys.executable, str(script), *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=ENVIRONMENT, **(pipes | options))
+    return subprocess.Popen(command, **({"env": ENVIRONMENT} | pipes | options))
 
 
 # A small run of TD3 or SAC

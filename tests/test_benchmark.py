@@ -17,6 +17,7 @@ from helpers import CRITICS, ENVIRONMENT, ROOT, Finished
 
 from meta_envs import FAMILIES
 
+ENVIRONMENT.pop("CUDA_VISIBLE_DEVICES", None)
 ENV = ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"}
 
 # In place of the scripts: mlp fails the first time, mlp-small always, mlp-large is bad use, and
@@ -27,8 +28,9 @@ from pathlib import Path
 words = [part for word in sys.argv for part in word.split("=")]
 option = {"--runs-dir": "runs", "--exp-name": words[0][:-3]} | dict(zip(words, words[1:]))
 names = [option.get(name) for name in ("--runs-dir", "--exp-name", "--env-id", "--critic")]
-critic, run_dir = names[3], Path(*names, "seed" + option["--seed"])
+critic, run_dir = names[3], Path(*names, "seed" + option["--seed"]).expanduser()
 print(os.environ["OMP_NUM_THREADS"], critic, *sys.argv, file=open("tries", "a"))
+print(os.environ.get("CUDA_VISIBLE_DEVICES"), file=open("gpus", "a"))
 print("an accident", end="")
 if critic == "mlp-large":
     sys.exit(2)
@@ -102,11 +104,15 @@ def test_the_dry_run_lists_the_445_runs_of_the_paper_or_some_and_writes_nothing(
 
 
 def test_a_failure_is_tried_once_more_and_told_and_what_is_complete_is_skipped(stand_ins):
-    (stand_ins / "nproc").write_text("#!/bin/sh\necho 8\n")
-    (stand_ins / "nproc").chmod(0o755)
+    two_gpus = "GPU 0: H200\n  MIG 1g.18gb\nGPU 1: H200"
+    for name, output in ("nproc", "8"), ("nvidia-smi", two_gpus):
+        (stand_ins / name).write_text(f"#!/bin/sh\necho '{output}'\n")
+        (stand_ins / name).chmod(0o755)
+    env = ENV | {"PATH": f"{stand_ins}:{ENV['PATH']}"}
     args = ["--only", "td3.*Hopper-v4.*(mlp|hyper).*--seed 1", "--jobs", 3]
-    finished = benchmark(stand_ins, *args, env=ENV | {"PATH": f"{stand_ins}:{ENV['PATH']}"})
+    finished = benchmark(stand_ins, *args, env=env)
     assert finished.code == 1, finished
+    assert {*open(stand_ins / "gpus")} == {"0\n", "1\n"}
     tries = [line.split()[:2] for line in open(stand_ins / "tries")]
     assert {threads for threads, _ in tries} == {"2"}  # 8 cores, 3 jobs
     critics = Counter(critic for _, critic in tries)
@@ -124,24 +130,42 @@ def test_a_failure_is_tried_once_more_and_told_and_what_is_complete_is_skipped(s
     states = Counter(line.split()[-1] for line in dry_run(stand_ins, *args)[:-1])
     assert states == {"complete": 3, "partial": 1, "missing": 1}
 
-    assert benchmark(stand_ins, *args).code == 1
+    # With a GPU that the user has chosen, in one way or another
+    for options, visible in ([], {"CUDA_VISIBLE_DEVICES": "3"}), (["--device", "cuda:1"], {}):
+        assert benchmark(stand_ins, *args, "--", *options, env=env | visible).code == 1
+        gpu = visible.get("CUDA_VISIBLE_DEVICES")
+        assert (stand_ins / "gpus").read_text().endswith(3 * f"{gpu}\n")
     again = Counter(line.split()[1] for line in open(stand_ins / "tries")) - critics
-    assert again == {"mlp-small": 2, "mlp-large": 1}
+    assert again == {"mlp-small": 4, "mlp-large": 2}
 
 
 def test_what_follows_the_dashes_goes_to_the_scripts_and_says_where_the_runs_are(stand_ins):
-    args = ["--only", "td3.*Hopper-v4.*sa-hyper --seed 1", "--", "--runs-dir", "the runs"]
+    args = ["--only", "td3.*Hopper-v4.*sa-hyper --seed 1", "--", "--runs-dir=~/the runs"]
     args += ["--exp-name=try", "--device", "$x; 'y'"]
-    assert benchmark(stand_ins, *args).code == 0
+    env = ENV | {"HOME": str(stand_ins)}
+    assert benchmark(stand_ins, *args, env=env).code == 0
     assert (stand_ins / "tries").read_text().endswith("--device $x; 'y'\n")
     run_dir = "the runs/try/Hopper-v4/sa-hyper/seed1"
     assert (stand_ins / run_dir / "summary.json").exists()
     nothing_to_do = Finished(0, "1 runs: 1 complete, 0 partial, 0 missing\n", "")
-    assert benchmark(stand_ins, *args) == nothing_to_do
+    assert benchmark(stand_ins, *args, env=env) == nothing_to_do
     # Only the script can tell whether the run is that long already.
-    assert f"complete: {run_dir}" in benchmark(stand_ins, *args, "--total-timesteps", "2000").out
+    longer = benchmark(stand_ins, *args, "--total-timesteps", "2000", env=env)
+    assert f"complete: {stand_ins}/{run_dir}" in longer.out
     args = ["--only", "pearl.*AntVel-v0 --model mlp --seed 1", "--", "--context", "oracle"]
     assert "runs/pearl_hyper/AntVel-v0/mlp-oracle/seed1.log" in benchmark(stand_ins, *args).out
+
+
+def test_cdpath_does_not_lead_elsewhere(stand_ins, tmp_path):
+    (tmp_path / "elsewhere" / stand_ins.name).mkdir(parents=True)
+    command = [
+        "bash",
+        f"{stand_ins.name}/benchmark.sh",
+        "--only",
+        "td3.*Hopper-v4.*-hyper --seed 1",
+    ]
+    subprocess.run(command, cwd=tmp_path, env=ENV | {"CDPATH": "elsewhere"}, check=True)
+    assert (stand_ins / "tries").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")

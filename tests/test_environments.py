@@ -1,11 +1,14 @@
 """Environments: those of the paper with every critic, and those that users bring."""
 
+import math
 import shutil
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from helpers import CRITICS, ROOT, assert_refused
 
 import td3_hyper
@@ -87,11 +90,74 @@ def test_an_environment_without_a_time_limit_gets_a_warning_whose_advice_works(r
     assert finished.code == 0 and finished.err.count(hint) == 1
 
 
-def test_actions_never_leave_the_bounds_of_the_environment():
-    env = td3_hyper.make_env(td3_hyper.Args(env_id="toy_envs:Bounds-v0", device="cpu"))
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_actions_have_the_type_of_the_environment_and_never_leave_its_bounds(dtype):
+    # Bounds that rescaled actions would leave by a rounding error
+    box = gym.spaces.Box(np.array([-0.2, 0.05], dtype), np.array([1, 0.6], dtype), dtype=dtype)
+    args = td3_hyper.Args("mlp", env_id="toy_envs:Spaces-v0", env_kwargs={"action_space": box})
+    env = td3_hyper.make_env(args)
     env.reset(seed=1)
-    for action in ([-1, -1], [1, 1], [0.3, -0.7]):
-        env.step(np.float32(action))  # the environment asserts that its space contains them
+    for action, first in ([-1, -1], -0.2), ([1, 1], 1), ([0.3, -0.7], 0.58):
+        # The environment asserts that its space contains them
+        assert env.step(np.float32(action))[1] == pytest.approx(1 + first, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        *(("false", False), ("TRUE", True), ("None", None), ("none", None), ("-5", -5)),
+        *(
+            ("1e-3", 0.001),
+            ("-inf", -math.inf),
+            ("(0.7, 2)", (0.7, 2)),
+            ("(0, INF)", (0, math.inf)),
+        ),
+        *(("[1, none]", [1, None]), ("{'a': true}", {"a": True}), ("a/none.xml", "a/none.xml")),
+        *(("1j", "1j"), ("", ""), ("...", "..."), ("'1'", "'1'"), ("no", "no")),
+    ],
+)
+def test_the_environments_arguments_are_read_as_python_values(text, value):
+    read = td3_hyper.read_value(text)
+    assert type(read) is type(value) and read == value
+    assert td3_hyper.read_value(read) == value  # from config.json, say
+
+
+def test_the_environment_gets_its_arguments():
+    words = "use_contact_forces|false|healthy_z_range|(0.1, inf)|ctrl_cost_weight|0.005".split("|")
+    args = tyro.cli(td3_hyper.Args, args=["--env-id", "Ant-v4", "--env-kwargs", *words])
+    kwargs = {"use_contact_forces": False, "healthy_z_range": (0.1, math.inf)}
+    assert args.env_kwargs == kwargs | {"ctrl_cost_weight": 0.005}
+    env = td3_hyper.make_env(args)
+    assert env.observation_space.shape == (27,)  # 111 with contact forces
+    assert env.unwrapped._healthy_z_range == (0.1, math.inf)
+
+
+def test_environments_are_closed_at_the_end_and_when_the_script_stops_or_refuses(run_main):
+    for code, closed, *args in (
+        (0, "xx", "Closing-v0", *TOY),
+        (2, "xx", "Closing-v0", *TOY, "--batch-size", 5),  # the run directory holds another run
+        (1, "xx", "Closing-v0", *TOY, "--seed", 2, "--env-kwargs", "bad_reward_at", 15),
+        (2, "x", "Integer-v0"),
+    ):
+        Path("closed").write_text("")
+        args[0] = f"toy_envs:{args[0]}"
+        assert run_main(ROOT / "td3_hyper.py", "--env-id", *args).code == code
+        assert Path("closed").read_text() == closed, args
+
+
+def test_an_environment_that_draws_from_the_global_generators_repeats(run_main):
+    for runs in ("one", "two"):
+        args = ["--env-id", "toy_envs:Closing-v0", *TOY, "--runs-dir", runs]
+        assert run_main(ROOT / "sac_hyper.py", *args).code == 0
+    one, two = (next(Path(runs).rglob("eval.csv")).read_text() for runs in ("one", "two"))
+    assert one == two
+
+
+def test_a_module_in_the_current_folder_is_found(run_main):
+    code = "import gymnasium, toy_envs\n"
+    code += "gymnasium.register('Mine-v0', toy_envs.Clock, max_episode_steps=5)"
+    Path("my_module.py").write_text(code)
+    assert run_main(ROOT / "td3_hyper.py", "--env-id", "my_module:Mine-v0", *TOY).code == 0
 
 
 @pytest.mark.parametrize(
@@ -103,7 +169,18 @@ def test_actions_never_leave_the_bounds_of_the_environment():
         ("CartPole-v1", ["needs flat observations and flat, bounded actions", "Discrete(2)"]),
         ("toy_envs:Image-v0", ["Box(0, 255, (8, 8, 3)"]),
         ("toy_envs:Unbounded-v0", ["bounded actions: Box(-1.0, 1.0, (2,), float32), Box(-inf"]),
-        ("Hopper-v4 --env-kwargs no_such 1", ["--env-kwargs", "no_such"]),
+        ("toy_envs:Integer-v0", ["actions of a float type, not int32"]),
+        ("toy_envs:Unsigned-v0", ["not uint8: Box(0, 3, (2,), uint8)"]),
+        ("toy_envs:Bool-v0", ["not bool"]),
+        ("toy_envs:Constant-v0", ["neither equal nor huge: Box([-1. 1.], 1.0, (2,), float32)"]),
+        ("toy_envs:Huge-v0", ["neither equal nor huge: Box(-2e+38,"]),
+        ("toy_envs:Huge16-v0", ["neither equal nor huge", "float16"]),
+        ("Hopper-v4 --env-kwargs no_such 1", ["--env-kwargs", "no_such", "(TypeError at "]),
+        ("toy_envs:Broken-v0 --env-kwargs error any", ["'gravity' (KeyError at ", "toy_envs.py:"]),
+        ("toy_envs:Broken-v0 --env-kwargs error assertion", ["(AssertionError at "]),
+        ("toy_envs:Broken-v0 --env-kwargs error Gymnasium's", ["}: no licence"]),
+        ("toy_envs:Typed-v0 --env-kwargs reward vector", ["must be one number, not array(["]),
+        ("toy_envs:Typed-v0 --env-kwargs reward text", ["must be one number, not '"]),
     ],
 )
 def test_an_environment_that_cannot_be_used_is_refused_in_one_line(run_main, args, words):

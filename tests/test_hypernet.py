@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import CRITICS, ROOT
 
-from hypernet import HyperNetwork, make_critic, tune
+from hypernet import CudaGraph, HyperNetwork, make_critic, tune
 
 
 @pytest.fixture(autouse=True)
@@ -208,3 +208,11 @@ def test_tune_treats_denormals_as_zero_in_every_thread():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "2 tensor(0)\n"
+
+
+def test_a_cuda_graphs_first_calls_get_contiguous_tensors_like_the_recorded_ones():
+    rows, graph = torch.randn(4, 6), CudaGraph(lambda *inputs: inputs)
+    for _ in range(3):
+        pair, single = graph(rows.split(3, -1), rows[:, 1])
+        assert pair[1].is_contiguous() and torch.equal(pair[1], rows[:, 3:])
+        assert single.is_contiguous() and torch.equal(single, rows[:, 1])

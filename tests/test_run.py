@@ -1,17 +1,21 @@
 """The run directory, which all scripts share: crash-only resume, refusals, errors. TD3 stands
 for the others where they have the same code."""
 
+import errno
+import importlib.util
 import json
+import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -63,7 +67,6 @@ def test_a_killed_run_ends_like_one_never_killed(run_main, name, args, steps, mo
             process.kill()
         _, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, err
-    time.sleep(1)  # TensorBoard tells files apart by the second in which they were begun
     finished = run_main(script, *args)
     assert finished.code == 0 and "damaged" not in finished.err, finished
     assert re.search(r" [1-9]\d* of", finished.out)
@@ -88,11 +91,73 @@ def test_a_bfloat16_run_resumes_bit_for_bit_and_keeps_its_precision(run_main, tr
 def test_a_second_process_is_refused_and_signals_end_the_first_silently(run_main, number):
     process = start(SCRIPT, *small(100_000))
     process.stdout.readline()
-    assert_refused(run_main(SCRIPT, *small(100_000)), "another process is training in runs/")
+    holder = f"(process {process.pid} on {os.uname().nodename}); if gone, remove runs/"
+    assert_refused(run_main(SCRIPT, *small(100_000)), "another process is training", holder)
     assert process.poll() is None
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == -number and "Traceback" not in err
+
+
+def test_an_interrupt_is_ignored_under_nohup_and_silent_during_the_imports(run_main, tmp_path):
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    process = start(SCRIPT, *small(300), preexec_fn=ignore)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[0].endswith("is complete\n") and process.returncode == 0
+    slow = "import time; print('importing', flush=True); time.sleep(60)"
+    (tmp_path / "filelock.py").write_text(slow)
+    process = start(ROOT / "maml_hyper.py", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("missing", [errno.ENOSYS, errno.ENOLCK])
+def test_on_file_systems_without_flock(run_main, monkeypatch, missing):
+    """The lock is then a file that outlives a killed process."""
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(missing, "a stand-in")))
+    RUN_DIR.mkdir(parents=True)
+    if missing == errno.ENOLCK:
+        return assert_refused(run_main(SCRIPT, *small(120)), "cannot write or lock", "a stand-in")
+    (RUN_DIR / ".lock").write_text("1234\nanother_node\n")
+    refusal = f"(process 1234 on another_node); if gone, remove {RUN_DIR}/.lock"
+    assert_refused(run_main(SCRIPT, *small(120)), refusal)
+    (RUN_DIR / ".lock").unlink()
+    code = "import filelock, os; lock = filelock.SoftFileLock('.lock'); lock.acquire(); os._exit(0)"
+    subprocess.run([sys.executable, "-c", code], cwd=RUN_DIR, check=True)
+    assert (RUN_DIR / ".lock").exists()  # of a process on this host that is gone
+    assert run_main(SCRIPT, *small(120)).code == 0
+
+
+def test_a_run_does_not_need_its_output(run_main):
+    command = [sys.executable, SCRIPT, *small(120)]
+    line = f"exec {shlex.join(map(str, command))} >&- 2>&-"
+    assert subprocess.run(["sh", "-c", line], env=os.environ, capture_output=True).returncode == 0
+    assert (RUN_DIR / "summary.json").exists()
+
+
+def test_help_is_shown_in_any_encoding_and_may_be_cut_off(run_main):
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    process = start(ROOT / "pearl_hyper.py", "--help", env=ascii_only)
+    assert "--gamma" in process.communicate()[0] and process.returncode == 0
+    process = start(ROOT / "pearl_hyper.py", "--help")
+    process.stdout.close()  # as head does
+    assert process.wait() == 1 and process.stderr.read() == "error: [Errno 32] Broken pipe\n"
+
+
+def test_without_git_or_a_repository_the_commit_is_null(run_main, monkeypatch):
+    folder = Path("it's mine").resolve()
+    folder.mkdir()
+    (folder / "env").symlink_to(shutil.which("env"))
+    shutil.copy(SCRIPT, folder)
+    monkeypatch.setenv("HOME", str(folder))
+    for i, script, path in (1, folder / SCRIPT.name, os.environ["PATH"]), (2, SCRIPT, str(folder)):
+        monkeypatch.setenv("PATH", path)
+        args = ["--runs-dir", "~/x", "--exp-name", f"/try{i}"]  # in the home folder all the same
+        assert run_main(script, *small(120), *args).code == 0
+        config = folder / f"x/try{i}" / Path(*RUN_DIR.parts[2:]) / "config.json"
+        assert json.loads(config.read_text())["versions"]["git"] is None
 
 
 def test_run_directory_holds_what_the_readme_says(run_main):
@@ -104,6 +169,8 @@ def test_run_directory_holds_what_the_readme_says(run_main):
     config = json.loads((RUN_DIR / "config.json").read_text())
     assert config["args"]["critic_lr"] == 3e-4
     assert config["versions"]["torch"] == torch.__version__ and config["threads"] == 1
+    if (ROOT / ".git").exists():
+        assert re.fullmatch("[0-9a-f]{40}", config["versions"]["git"])
     header, *rows = (RUN_DIR / "eval.csv").read_text().splitlines()
     assert header == "global_step,episode,return,length"
     steps = [step for step in ("0", "200", "400", "450") for _ in range(2)]
@@ -132,8 +199,11 @@ def test_a_complete_run_is_left_alone_and_a_larger_total_extends_it(run_main, tr
         finished = run_main(SCRIPT, *args)
         assert finished.code == 0 and "complete" in finished.out
         assert files(RUN_DIR) == before
+    (events,) = RUN_DIR.glob("events.*")  # of a clock that was ahead
+    events.rename(events.with_name("events.out.tfevents.9999999999.host.1.0"))
     assert run_main(SCRIPT, *small(650)).code == 0
     assert_same_run(RUN_DIR, trained / "650" / RUN_DIR, 650)
+    assert [file.name for file in RUN_DIR.glob("step_*.pt")] == ["step_650.pt"]
     before = files(RUN_DIR)
     assert_refused(run_main(SCRIPT, *small(400)), "has already reached global_step 650")
     assert files(RUN_DIR) == before
@@ -188,6 +258,7 @@ def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, r
         ),
         ("td3", "--runs-dir /dev/null/runs", ["--runs-dir /dev/null/runs: cannot write"]),
         ("td3", "--device no_such_device", ["--device no_such_device"]),
+        ("pearl", "--device meta", ["--device meta"]),
         ("sac", "--alpha -1", ["--alpha -1.0: must be at least 0"]),
         ("maml", "--env-id Hopper-v4", ["--env-id", "Hopper-v4", *FAMILIES]),
         ("maml", "--num-adapt-steps -1", ["--num-adapt-steps -1: must be at least 0"]),
@@ -245,14 +316,23 @@ def test_a_full_disk_under_tensorboard_ends_the_run_and_is_said(run_main, monkey
     assert not (RUN_DIR / "summary.json").exists()
 
 
-def test_track_needs_wandb_and_a_resumed_process_continues_its_run(run_main, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    assert_refused(run_main(SCRIPT, "--track"), "pip install wandb")
-    wandb = SimpleNamespace(__spec__="is installed", init=Mock())
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for steps in (120, 140):
-        assert run_main(SCRIPT, *small(steps), "--track").code == 0
-    first, second = (call.kwargs for call in wandb.init.call_args_list)
-    assert first["id"] == second["id"] == "td3_hyper-InvertedPendulum-v4-mlp-small-seed1"
-    assert second["resume"] == "allow" and second["sync_tensorboard"] is True
-    assert first["config"]["critic"] == "mlp-small"
+def test_a_run_has_one_id_for_weights_and_biases_which_writes_nothing_into_its_directory(run_main):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+        assert_refused(run_main(SCRIPT, "--track"), "pip install wandb")
+    if not importlib.util.find_spec("wandb"):
+        pytest.skip("needs wandb")
+    env = {name: value for name, value in os.environ.items() if name[:5] != "WANDB"}
+    for mode, runs in ("online", "other"), ("online", "runs"), ("offline", "runs"):
+        env |= {"WANDB_MODE": mode, "HOME": str(Path.cwd())}
+        args = [*small(120), "--track", "--exp-name", "lr:1e-3", "--runs-dir", runs]
+        process = start(SCRIPT, *args, env=env, stdin=subprocess.DEVNULL)
+        out, err = process.communicate()
+        if mode == "online":
+            assert process.returncode == 2 and err.startswith("error: --track: No API key"), err
+    assert process.returncode == 0, err
+    run_dir, other = (Path(runs, "lr:1e-3", *RUN_DIR.parts[2:]) for runs in ("runs", "other"))
+    assert all(file.is_file() and not file.is_symlink() for file in run_dir.iterdir())
+    (tracked,) = Path("wandb").glob("offline-run-*")
+    assert tracked.name.endswith((run_dir / "wandb_id").read_text())
+    assert not tracked.name.endswith((other / "wandb_id").read_text())

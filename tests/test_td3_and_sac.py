@@ -10,8 +10,10 @@ from helpers import CRITICS, assert_close_in_bfloat16, graph_of
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
+import pearl_hyper as pearl
 import sac_hyper as sac
 import td3_hyper as td3
+from hypernet import ConcatCritic, Float32Linear, make_critic
 
 SCRIPTS = pytest.mark.parametrize("script", [td3, sac], ids=["td3", "sac"])
 
@@ -155,6 +157,26 @@ def test_bfloat16_critics_have_the_losses_and_gradients_of_float32(script, criti
     assert_close_in_bfloat16(losses, [agent.critics, agent.actor])
 
 
+@pytest.mark.parametrize("name", [*CRITICS, "pearl"])
+@torch.no_grad()
+def test_a_q_near_1000_is_not_rounded_to_multiples_of_4_in_bfloat16(name):
+    torch.manual_seed(0)
+    obs = torch.randn(1, 11).expand(201, -1)
+    action = torch.linspace(-1, 1, 201)[:, None] * torch.randn(3)
+    mlp = ConcatCritic(pearl.MLP(14, 300, 1).layers)
+    critic = mlp if name == "pearl" else make_critic(name, 11, 3)
+    if name == "sa-hyper":  # W of the output layer makes it so large, else b
+        bias = critic.hyper.output.to_W.bias.fill_(1)
+        bias.fill_(1000 / critic(obs, action).mean())
+    else:
+        last = [layer for layer in critic.modules() if isinstance(layer, Float32Linear)][-1]
+        last.weight.mul_(20)
+        last.bias.fill_(1000)
+    args = [td3.Args(precision=p, device="cpu") for p in ("bfloat16", "float32")]
+    values, expected = (len(td3.q_value(critic, obs, action, a).unique()) for a in args)
+    assert values > 0.7 * expected > 70
+
+
 def actor_with(mean, log_std) -> sac.Actor:
     """An actor whose distribution is the same in every state, in float64."""
     actor = sac.Actor(3, len(mean)).double()
@@ -215,7 +237,9 @@ def test_replay_buffer_keeps_the_newest_and_survives_its_state_dict():
 
 @SCRIPTS
 def test_random_steps_are_those_of_td3s_paper_unless_given(script):
-    for env, steps in {"HalfCheetah-v4": 10_000, "Ant-v5": 10_000, "Hopper-v4": 1_000}.items():
+    expected = {"HalfCheetah-v4": 10_000, "Ant-v5": 10_000, "Hopper-v4": 1_000}
+    expected |= {"Antenna-v0": 1_000, "Ant-Maze-v0": 1_000, "my/Ant-v0": 1_000}
+    for env, steps in expected.items():
         assert script.Args(env_id=env, device="cpu").learning_starts == steps
         assert script.Args(env_id=env, device="cpu", learning_starts=0).learning_starts == 0
 

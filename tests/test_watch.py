@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import MAML, PEARL, ROOT, assert_refused
+from helpers import MAML, PEARL, ROOT, assert_refused, start
 
 import pearl_hyper
 
@@ -54,6 +54,19 @@ def test_td3_and_sac_play_the_episodes_of_their_evaluation(run_main, script):
         assert returns(finished) == expected
     finished = run_main(SCRIPT, run_dir)
     assert "step_40.pt" in finished.out and returns(finished)[:2] == by_step[40]
+
+
+def test_an_environment_without_a_render_mode_is_played_and_closed(run_main):
+    env = ["--env-id", "toy_envs:Closing-v0", "--env-kwargs", "terminate_after", 4]
+    run_dir = train(run_main, "td3_hyper", *env)
+    Path("closed").unlink()
+    finished = run_main(SCRIPT, run_dir)
+    assert len(returns(finished)) == 3 and "4 steps" in finished.out
+    assert Path("closed").read_text() == "x"
+    assert_refused(run_main(SCRIPT, run_dir, "--video", "film.mp4"), "render_mode")
+    process = start(SCRIPT, run_dir)
+    process.stdout.close()  # as head does
+    assert process.wait() == 1 and process.stderr.read() == "error: [Errno 32] Broken pipe\n"
 
 
 @pytest.mark.parametrize("model", ["vanilla", "hyper"])

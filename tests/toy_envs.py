@@ -1,5 +1,8 @@
 """Environments for the tests, `--env-id toy_envs:NAME`."""
 
+import random
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 
@@ -12,9 +15,7 @@ class Clock(gym.Env):
     action_space = ACTIONS
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
 
-    def __init__(
-        self, terminate_after=None, bad_reward_at=None, bad_observation_at=None, render_mode=None
-    ):
+    def __init__(self, terminate_after=None, bad_reward_at=None, bad_observation_at=None):
         self.terminate_after, self.episode, self.steps = terminate_after, 0, 0
         self.bad_reward_at, self.bad_observation_at = bad_reward_at, bad_observation_at
 
@@ -24,7 +25,7 @@ class Clock(gym.Env):
         return np.float32([self.episode, 0]), {}
 
     def step(self, action):
-        assert self.action_space.contains(action)
+        assert self.action_space.contains(action) and action.dtype == self.action_space.dtype
         self.steps, self.step_in_episode = self.steps + 1, self.step_in_episode + 1
         obs = np.float32([self.episode, self.step_in_episode])
         reward = 1.0 + action[0]
@@ -49,16 +50,10 @@ class SameArray(Clock):
         return self.array, *rest
 
 
-class Bounds(Clock):
-    """Has bounds that rescaled actions would leave by a rounding error."""
-
-    action_space = gym.spaces.Box(np.float32([-0.2, 0.05]), np.float32([1, 0.6]))
-
-
 class Typed(Clock):
     """Has observations, rewards and flags of other types than MuJoCo's."""
 
-    def __init__(self, obs="float32", reward="float", render_mode=None):
+    def __init__(self, obs="float32", reward="float"):
         super().__init__(terminate_after=5)
         self.obs, self.reward = np.dtype(obs), reward
         self.observation_space = gym.spaces.Box(0, 100, (2,), self.obs.type)
@@ -75,6 +70,8 @@ class Typed(Clock):
             "int": int,
             "bool": lambda reward: np.bool_(reward > 3),
             "array": lambda reward: np.array([reward]),
+            "vector": lambda reward: np.array([reward, 0]),
+            "text": str,
         }[self.reward](reward)
         return obs.astype(self.obs), reward, np.bool_(terminated), 0, info
 
@@ -96,10 +93,31 @@ class Cart(gym.Env):
         return np.float32([self.x, self.v]), -(self.x**2), False, False, {}
 
 
-class Spaces(Clock):
-    """Never steps: has the spaces it is told to have."""
+class Broken(Clock):
+    """Cannot be made."""
 
-    def __init__(self, observation_space=None, action_space=None, render_mode=None):
+    def __init__(self, error):
+        assert error != "assertion"
+        raise gym.error.Error("no licence") if error == "Gymnasium's" else KeyError("gravity")
+
+
+class Closing(Clock):
+    """Says when it is closed; its observations have noise of the global generators."""
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs + np.float32(random.random() * np.random.random()), *rest
+
+    def close(self):
+        with Path("closed").open("a") as file:
+            file.write("x")
+
+
+class Spaces(Closing):
+    """Has the spaces it is told to have."""
+
+    def __init__(self, observation_space=None, action_space=None):
+        super().__init__()
         box = gym.spaces.Box(-1, 1, (2,))
         self.observation_space = observation_space or box
         self.action_space = action_space or box
@@ -110,9 +128,19 @@ gym.register("Truncating-v0", Clock, max_episode_steps=5)
 gym.register("Terminating-v0", Clock, kwargs={"terminate_after": 5}, max_episode_steps=50)
 gym.register("group/SameArray-v0", SameArray, max_episode_steps=5)
 gym.register("Typed-v0", Typed, max_episode_steps=50)
-gym.register("Bounds-v0", Bounds, max_episode_steps=5)
+gym.register("Broken-v0", Broken)
+gym.register("Closing-v0", Closing, max_episode_steps=5)
+gym.register("Spaces-v0", Spaces)
 gym.register("Endless-v0", Clock)
 gym.register("Cart-v0", Cart, max_episode_steps=20)
 gym.register("Image-v0", Spaces, kwargs={"observation_space": IMAGE})
-unbounded = gym.spaces.Box(-np.inf, np.inf, (2,))
-gym.register("Unbounded-v0", Spaces, kwargs={"action_space": unbounded})
+for name, bounds in {
+    "Unbounded": (-np.inf, np.inf, (2,), np.float32),
+    "Integer": (-3, 3, (2,), np.int32),
+    "Unsigned": (0, 3, (2,), np.uint8),
+    "Bool": (0, 1, (2,), np.bool_),
+    "Constant": (np.float32([-1, 1]), np.float32([1, 1]), (2,), np.float32),
+    "Huge": (-2e38, 2e38, (2,), np.float32),
+    "Huge16": (-60000, 60000, (2,), np.float16),
+}.items():
+    gym.register(f"{name}-v0", Spaces, kwargs={"action_space": gym.spaces.Box(*bounds)})
