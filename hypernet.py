@@ -24,14 +24,6 @@ from torch.utils._pytree import tree_map
 Weights = tuple[tuple[Tensor, Tensor, Tensor], ...]  # (W, b, g) of each dynamic layer
 
 
-class Float32Linear(nn.Linear):
-    """Under autocast, too, it is exact: bfloat16 would round a Q near 1,000 to a multiple of 4."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
-
-
 class ResidualBlock(nn.Module):
     """`x + Linear(relu(Linear(relu(x))))`, shape (..., width) -> (..., width) (released)."""
 
@@ -67,19 +59,19 @@ class Head(nn.Module):
     latent (..., latent_dim) -> W (..., fan_in, fan_out), b (..., 1, fan_out), g (..., 1, fan_out)
     """
 
-    def __init__(self, latent_dim: int, fan_in: int, fan_out: int, linear_b: type = nn.Linear):
+    def __init__(self, latent_dim: int, fan_in: int, fan_out: int):
         super().__init__()
         self.fan_in, self.fan_out = fan_in, fan_out
         self.to_W = nn.Linear(latent_dim, fan_in * fan_out)
-        self.to_b = linear_b(latent_dim, fan_out)
+        self.to_b = nn.Linear(latent_dim, fan_out)
         self.to_g = nn.Linear(latent_dim, fan_out)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         W = self.to_W(latent).unflatten(-1, (self.fan_in, self.fan_out))
-        b = self.to_b(latent).unsqueeze(-2)  # an axis for the samples that share the weights
-        g = self.to_g(latent).unsqueeze(-2)
-        dtype = self.to_g.weight.dtype  # not autocast's bfloat16, which would round 1 + g
-        return W, b.to(dtype), g.to(dtype)
+        with torch.autocast(latent.device.type, enabled=False):  # bfloat16 would round b and 1 + g
+            latent = latent.to(self.to_b.weight.dtype)
+            b, g = self.to_b(latent), self.to_g(latent)
+        return W, b.unsqueeze(-2), g.unsqueeze(-2)  # an axis for samples that share the weights
 
 
 class HyperNetwork(nn.Module):
@@ -97,7 +89,7 @@ class HyperNetwork(nn.Module):
         super().__init__()
         self.primary = make_primary(meta_dim, primary_widths)
         self.hidden = Head(primary_widths[-1], base_dim, dynamic_width)
-        self.output = Head(primary_widths[-1], dynamic_width, out_dim, linear_b=Float32Linear)
+        self.output = Head(primary_widths[-1], dynamic_width, out_dim)
         init_heads(self, init)
 
     def generate(self, meta: Tensor) -> Weights:
@@ -118,16 +110,16 @@ class HyperNetwork(nn.Module):
 
     def forward(self, meta: Tensor, base: Tensor) -> Tensor:
         """f_{w(meta)}(base): (..., meta_dim), (..., base_dim) -> (..., out_dim)"""
-        weights = self.generate(meta)  # of each sample, so that N = 1
+        weights = self.generate(meta)  # one set for each sample, so N = 1 below
         return self.dynamic(weights, base.unsqueeze(-2)).squeeze(-2)
 
 
 def init_heads(net: HyperNetwork, init: str) -> None:
-    """Draws the heads' weights, so that the dynamic weights start in one of three ways.
+    """Draws the heads' weights in one of three ways; their biases are 0, but for "bias".
 
     - "released": uniform in ±0.05 (hidden layer) and ±0.008 (output layer), the authors' constants.
-    - "paper": W has the std of Kaiming-uniform, sqrt(2 / fan_in) (Sec. 5.2), if the meta variable
-      is standard normal. The heads of b and g have a tenth of the bound of W's.
+    - "paper": uniform, with the bound that gives W the std of Kaiming-uniform, sqrt(2 / fan_in)
+      (Sec. 5.2), for a standard normal meta variable; for b and g a tenth of that bound.
     - "bias": each head outputs its own bias alone, so that every meta variable starts with the same
       ordinary layer: W uniform in ±1 / sqrt(fan_in) like PyTorch's Linear, b = g = 0
       (Bias-HyperInit of Beck et al., 2022, Hypernetworks in Meta-Reinforcement Learning).
@@ -163,6 +155,14 @@ class HyperCritic(nn.Module):
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         meta, base = (obs, action) if self.state_is_meta else (action, obs)
         return self.hyper(meta, base).squeeze(-1)
+
+
+class Float32Linear(nn.Linear):
+    """Under autocast, too, it is exact: bfloat16 would round a Q near 1,000 to a multiple of 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 def make_mlp(input_dim: int, *widths: int) -> nn.Sequential:
@@ -201,9 +201,9 @@ class D2RL(nn.Module):
 
 
 class ResNetFeaturesCritic(nn.Module):
-    """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1 (footnote 4).
+    """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1.
 
-    Sec. 5.2 has two hidden layers, but it is the footnote's one that explains the paper's result.
+    One hidden layer, as in footnote 4; Sec. 5.2 has two.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, primary_widths: tuple[int, ...]):

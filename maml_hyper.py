@@ -61,7 +61,7 @@ class Args:
     dynamic_width: int = 256
     """hidden units of the dynamic network, for hyper (paper, Sec. 2)"""
     hyper_init: Literal["released", "paper", "bias"] = "released"
-    """how the dynamic weights start, see init_heads in hypernet.py (measured: results/)"""
+    """how the dynamic weights start, see init_heads in hypernet.py and results/choices.md"""
     num_train_goals: int = 100
     """tasks to train on, drawn once from the seed (released)"""
     num_test_goals: int = 20
@@ -81,7 +81,7 @@ class Args:
     inner_lr: float | None = None
     """η of Eq. 15; None means 5e-5 for hyper, 0.1 for the others (released)"""
     first_order: bool = False
-    """treat the inner step as a constant in the meta-gradient, as the released code does"""
+    """treat inner steps as constants in the whole update, as the released code's gradient does"""
     max_kl: float = 0.01
     """mean KL divergence by which one update may move the adapted policies, in nats (released)"""
     cg_iterations: int = 10
@@ -190,16 +190,17 @@ class Policy(nn.Module):
         return Gaussian(self.dynamic(generated, obs), log_std)
 
 
-# An inner step (Eq. 15) of a hypernetwork, without a copy of its millions of weights for each task.
-# A layer y = W x + b that sees one context x_k of a task has the gradients ∂L/∂W = δ x_kᵀ and
-# ∂L/∂b = δ, with δ = ∂L/∂y. After a step of η, its output at x is therefore
+# An inner step (Eq. 15) without a copy of the policy's millions of weights for each task. A layer
+# y = W x + b of a hypernetwork sees one vector of a task, made from its context. If it saw x_k in
+# the step, its gradients are ∂L/∂W = δ x_kᵀ, of rank one, and ∂L/∂b = δ, with δ = ∂L/∂y. After a
+# step of η, its output at x (not x_k any more, once the layers before it have moved) is
 #     (W - η δ x_kᵀ) x + (b - η δ) = y - η δ (x_k · x + 1),
-# for which x_k and -η δ are enough (`RankOneUpdate`). Layers that see the N states of a task are
-# small, and keep the change of W and b (`FullUpdate`). Both are compared with a copy of the whole
-# policy in test_adapted_layers_act_as_a_copy_of_all_parameters_a_task_would, tests/test_maml.py.
+# for which x_k and -η δ are enough (`RankOneStep`). A layer of an MLP sees the N states of a task,
+# but is small and keeps the change of W and b (`FullStep`). Both are compared with a copy of the
+# whole policy in test_adapted_layers_act_as_a_copy_of_all_parameters_a_task_would, test_maml.py.
 
 
-class FullUpdate(NamedTuple):
+class FullStep(NamedTuple):
     """What an inner step changes in a layer that sees N states of each of T tasks."""
 
     dW: Tensor  # (T, in, out)
@@ -210,7 +211,7 @@ class FullUpdate(NamedTuple):
         return y + x @ self.dW + self.db
 
 
-class RankOneUpdate(NamedTuple):
+class RankOneStep(NamedTuple):
     """What an inner step changes in a layer that sees one context of each of T tasks."""
 
     x_k: Tensor  # (T, in), what it saw in that step
@@ -221,7 +222,7 @@ class RankOneUpdate(NamedTuple):
         return y + ((x * self.x_k).sum(-1, keepdim=True) + 1) * self.dy
 
 
-InnerStep = dict[nn.Linear, FullUpdate | RankOneUpdate]  # of every layer
+InnerStep = dict[nn.Linear, FullStep | RankOneStep]  # of every layer
 
 
 @contextlib.contextmanager
@@ -267,7 +268,7 @@ def inner_step(
     """-η ∇L_i of each task with L_i = -mean Â log π_{θ_i}(a|s), where θ_i is θ after `steps`.
 
     Eq. 15 with the mean over a task's samples in place of the sum over each episode (released).
-    With `second_order`, its own gradient with respect to θ can be taken.
+    With `second_order`, the result can be differentiated with respect to θ.
     """
     with adapted(policy, steps) as seen, torch.enable_grad():
         gaussian = functional_call(policy, theta, (batch.context, batch.obs))
@@ -276,30 +277,30 @@ def inner_step(
     step = {}
     for (layer, (x, _)), delta in zip(seen.items(), deltas):
         dy = -lr * delta
-        if x.dim() == 2:
-            step[layer] = RankOneUpdate(x, dy)
+        if x.dim() == 2:  # (T, in), one input of a task
+            step[layer] = RankOneStep(x, dy)
         else:
-            step[layer] = FullUpdate(x.mT @ dy, dy.sum(1, keepdim=True))
+            step[layer] = FullStep(x.mT @ dy, dy.sum(1, keepdim=True))
     return step
 
 
 class MetaBatch(NamedTuple):
-    """What the update learns from: samples before each inner step and after the last."""
+    """What the update learns from."""
 
-    pre: list[Batch]
-    inner_steps: list[InnerStep]
-    post: Batch
+    pre: list[Batch]  # samples before each inner step
+    inner_steps: list[InnerStep]  # as they were taken for sampling; only --first-order needs them
+    post: Batch  # samples after the last
 
 
 CHUNK = 80_000  # samples that go through a policy at once, which bounds the memory
 
 
-def split_tasks(meta_batch: MetaBatch) -> list[MetaBatch]:
-    """The tasks in chunks of at most `CHUNK` samples, or of one task."""
-    T, N = meta_batch.post.sample_weight.shape
+def split_tasks(samples: tuple) -> list[tuple]:
+    """A MetaBatch, or a tuple that ends with a Batch, in chunks of `CHUNK` samples or one task."""
+    T, N = samples[-1].sample_weight.shape
     size = max(1, CHUNK // N)
     slices = [slice(i, i + size) for i in range(0, T, size)]
-    return [tree_map(lambda x, tasks=tasks: x[tasks], meta_batch) for tasks in slices]
+    return [tree_map(lambda x, tasks=tasks: x[tasks], samples) for tasks in slices]
 
 
 def by_name(policy: Policy, theta: Tensor) -> dict[str, Tensor]:
@@ -314,7 +315,7 @@ def adapted_outputs(
     """The adapted policies π_{θ_i} at the states of `chunk.post`, as a function of θ."""
     theta = by_name(policy, theta)
     if args.first_order:
-        inner_steps = chunk.inner_steps  # constants
+        inner_steps = chunk.inner_steps  # constants, from the sampling
     else:
         inner_steps = []  # taken again from θ, so that the gradient flows through them
         for batch in chunk.pre:
@@ -337,7 +338,7 @@ def surrogate_and_kl(new: Gaussian, old: Gaussian, post: Batch, args: Args) -> T
 def meta_gradient(
     policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args
 ) -> tuple[Tensor, Gaussian]:
-    """∇_θ of the chunk's surrogate, through the inner steps (Eq. 15), and its policies at θ."""
+    """∇_θ of the chunk's surrogate (see `adapted_outputs`), and its adapted policies at θ."""
     leaf = theta.detach().requires_grad_()
     new = adapted_outputs(policy, leaf, chunk, args)
     old = Gaussian(new.mean.detach(), new.log_std.detach())
@@ -524,11 +525,11 @@ def adapt_and_sample(
     rollouts, batches, inner_steps = [collect_episodes(policy, [], envs, rng, args)], [], []
     for _ in range(args.num_adapt_steps):
         batches.append(make_batch(rollouts[-1], args))
-        steps = [
-            inner_step(policy, theta, c.inner_steps, c.post, args.inner_lr, second_order=False)
-            for c in split_tasks(MetaBatch([], inner_steps, batches[-1]))
+        chunks = [
+            inner_step(policy, theta, earlier, batch, args.inner_lr, second_order=False)
+            for earlier, batch in split_tasks((inner_steps, batches[-1]))
         ]
-        inner_steps.append(tree_map(lambda *tasks: torch.cat(tasks).detach(), *steps))
+        inner_steps.append(tree_map(lambda *tasks: torch.cat(tasks).detach(), *chunks))
         rollouts.append(collect_episodes(policy, inner_steps, envs, rng, args))
     return rollouts, batches, inner_steps
 

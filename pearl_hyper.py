@@ -56,7 +56,7 @@ class Args:
     dynamic_width: int = 256
     """hidden units of the dynamic networks, for hyper (paper, Sec. 2)"""
     hyper_init: Literal["released", "paper", "bias"] = "released"
-    """how the dynamic weights start, see init_heads in hypernet.py (measured: results/)"""
+    """how the dynamic weights start, see init_heads in hypernet.py and results/choices.md"""
     latent_dim: int = 5
     """dimensions of the learned z (released)"""
     kl_weight: float = 0.1
@@ -109,7 +109,7 @@ class Args:
     eval_every: int = 1
     """iterations between two evaluations; there is one before any training and one at the end"""
     eval_episodes: int | None = None
-    """trajectories scored a goal, each after two that gather context; None: family's (released)"""
+    """scored trajectories per goal, each after two for its context; None: family's (released)"""
     checkpoint_every: int = 1
     """iterations between two checkpoints"""
     save_every: int = 0
@@ -182,9 +182,9 @@ def autocast(x: Tensor, args: Args) -> torch.autocast:
 
 
 class Critic(nn.Module):
-    """Q(s, a, z) of base [a, z], or V(s, z) of base z: obs (T, N, obs), base (T, N, x) -> (T, N).
+    """Q(s, a, z) or V(s, z), with base [a, z] or z: obs (T, N, obs), base (T, N, x) -> (T, N).
 
-    The state is the meta variable of hyper: the same weights for all tasks (paper, end of Sec. 3).
+    With hyper, each state makes its own weights, whatever the task (paper, end of Sec. 3).
     """
 
     def __init__(self, obs_dim: int, base_dim: int, args: Args):
@@ -326,9 +326,9 @@ def q_loss(agent: Agent, batch: Batch, z: Tensor, args: Args) -> Tensor:
 def policy_loss(
     agent: Agent, batch: Batch, z: Tensor, noise: Tensor, args: Args
 ) -> tuple[Tensor, Tensor]:
-    """mean -y with y = min_i Q_i(s, a, z) - log π(a|s, z) and a ~ π of `noise` (T, N, action), plus
-    the mean squares of the policy's mean and log_std. Returns also y (T, N), detached.
+    """-mean(y) plus `policy_reg` times the mean squares of the policy's mean and log_std, and y.
 
+    y (T, N) = min_i Q_i(s, a, z) - log π(a|s, z), detached, where `noise` (T, N, action) draws a.
     z is a constant here. Q is frozen during its forward pass, which is when autograd records what
     to differentiate, so that its primary networks cost no backward pass.
     """
@@ -508,8 +508,8 @@ def collect(
     """Adds whole trajectories, at least `num_steps` in each of the tasks with these indices (T,).
 
     Each trajectory has its own z, from the prior, or from the posterior of transitions drawn anew.
-    Only those from the prior enter the encoder's buffer, so all run side by side, and again where
-    some ended so early that steps are missing. Returns the number of environment steps.
+    Only those from the prior enter the encoder's buffer: no z depends on another trajectory, and
+    all run side by side. More follow if early ends leave steps missing. Returns the steps made.
     """
     envs.set_goals(tasks.goals[chosen])
     slot_tasks = np.repeat(chosen, envs.episodes_per_goal)

@@ -58,7 +58,7 @@ class Args:
     dynamic_width: int = 256
     """hidden units of the dynamic network (paper, Sec. 2)"""
     hyper_init: Literal["released", "paper", "bias"] = "released"
-    """how the dynamic weights start, see init_heads in hypernet.py (measured: results/)"""
+    """how the dynamic weights start, see init_heads in hypernet.py and results/choices.md"""
     learning_starts: int | None = None
     """random steps first; None: 1,000 (released), 10,000 for HalfCheetah and Ant (TD3's paper)"""
     batch_size: int = 256
@@ -87,7 +87,7 @@ class Args:
     """the environment's own arguments, values as in Python (true, none and inf in any case); the
     paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
     seed: int = 1
-    """seed of network weights, environment, exploration and batches (paper: 5 seeds)"""
+    """seed of all random numbers (paper: 5 seeds)"""
     total_timesteps: int = 1_000_000
     """environment steps of the whole run; a larger number extends a run (released)"""
     eval_every: int = 5_000

@@ -56,7 +56,7 @@ class Args:
     dynamic_width: int = 256
     """hidden units of the dynamic network (paper, Sec. 2)"""
     hyper_init: Literal["released", "paper", "bias"] = "released"
-    """how the dynamic weights start, see init_heads in hypernet.py (measured: results/)"""
+    """how the dynamic weights start, see init_heads in hypernet.py and results/choices.md"""
     learning_starts: int | None = None
     """random steps first; None: 1,000 (released), 10,000 for HalfCheetah and Ant (TD3's paper)"""
     batch_size: int = 100
@@ -87,7 +87,7 @@ class Args:
     """the environment's own arguments, values as in Python (true, none and inf in any case); the
     paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
     seed: int = 1
-    """seed of network weights, environment, exploration and batches (paper: 5 seeds)"""
+    """seed of all random numbers (paper: 5 seeds)"""
     total_timesteps: int = 1_000_000
     """environment steps of the whole run; a larger number extends a run (released)"""
     eval_every: int = 5_000
@@ -196,9 +196,9 @@ def actor_loss(agent: Agent, batch: Batch, args: Args) -> Tensor:
     network alone (Fig. 2c). The critic is frozen during its forward pass, which is when
     autograd records what to differentiate, so that its primary network costs no backward pass.
     """
-    q1 = agent.critics[0].requires_grad_(False)
-    loss = -q_value(q1, batch.obs, agent.actor(batch.obs), args).mean()
-    q1.requires_grad_(True)
+    critic = agent.critics[0].requires_grad_(False)
+    loss = -q_value(critic, batch.obs, agent.actor(batch.obs), args).mean()
+    critic.requires_grad_(True)
     return loss
 
 
@@ -292,7 +292,7 @@ def train(args: Args) -> None:
     if args.cuda_graph:
         learn_critics, learn_actor = CudaGraph(learn_critics), CudaGraph(learn_actor)
     buffer = ReplayBuffer(obs_dim, action_dim, args.buffer_size, args.device)
-    global_step = run.resume(rng, agent=agent, buffer=buffer, **optimizers)
+    global_step = run.resume(rng, agent=agent, buffer=buffer, **optimizers)  # steps taken so far
     done = True
 
     while True:
@@ -311,7 +311,7 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # Act: a = clip(π(s) + ε), ε ~ N(0, exploration_noise²)
+        # Act: uniform at first, then a = clip(π(s) + ε, ±1) with ε ~ N(0, exploration_noise²)
         if global_step < args.learning_starts:
             action = rng.uniform(-1, 1, action_dim)
         else:

@@ -57,7 +57,7 @@ def main(out: Path) -> None:
     names = [text.get_text().replace("critic lr ", "") for text in eight.get_yticklabels()]
     eight.set_yticks(eight.get_yticks(), names)
     eight.set_xlabel("mean return at 2,500 to 20,000 steps")
-    eight.set_title("3  HalfCheetah, 1,000 random steps:\nahead of mlp; d2rl cannot be told from it")
+    eight.set_title("3  HalfCheetah, 1,000 random steps:\nahead of mlp, not shown against d2rl")
 
     similarity(fixed, "td3_hopper_fixed_policy/paper_primary/hold3")
     fixed.set_title("2  Action gradients, Hopper,\nfixed policy: both learn them")
