@@ -95,24 +95,6 @@ def test_conjugate_gradient_ends_when_the_system_is_solved():
     assert len(products) == 1 and torch.equal(found, b / 2)
 
 
-def plain_advantages(obs, reward, lengths, gamma, lam):
-    """The advantages of one task's episodes (E, H), one after another, by loops."""
-    features, returns, advantages = [], [], []
-    for e, length in enumerate(lengths):
-        for t in range(length):
-            time = t / 100
-            features.append([*obs[e, t], *obs[e, t] ** 2, time, time**2, time**3, 1.0])
-            returns.append(sum(gamma ** (k - t) * reward[e, k] for k in range(t, length)))
-    X, y = np.array(features), np.array(returns)
-    values = iter(X @ np.linalg.solve(X.T @ X + 1e-5 * np.eye(X.shape[1]), X.T @ y))
-    for e, length in enumerate(lengths):
-        value = [next(values) for _ in range(length)] + [0.0]
-        delta = [reward[e, t] + gamma * value[t + 1] - value[t] for t in range(length)]
-        for t in range(length):
-            advantages.append(sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, length)))
-    return (advantages - np.mean(advantages)) / np.sqrt(np.var(advantages) + 1e-8)
-
-
 @pytest.mark.parametrize("gamma, lam", [(0.95, 1.0), (0.99, 0.9)])
 def test_baseline_and_advantages_equal_a_plain_loop_with_early_ends(gamma, lam):
     rng = np.random.default_rng(0)
@@ -129,7 +111,7 @@ def test_baseline_and_advantages_equal_a_plain_loop_with_early_ends(gamma, lam):
         x.view(alive.shape).numpy() for x in (batch.advantage, batch.sample_weight)
     )
     for i in range(tasks):
-        expected = plain_advantages(obs[i], reward[i], lengths[i], gamma, lam)
+        expected = reference_maml.advantages(obs[i], reward[i], lengths[i], gamma, lam)
         np.testing.assert_allclose(advantage[i][alive[i]], expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(weight[i], alive[i] / alive[i].sum(), rtol=1e-6)
     assert (advantage[~alive] == 0).all()
