@@ -13,8 +13,6 @@ a Q-function whose action gradient flows through the dynamic network alone (Sec.
     action = policy.dynamic(weights, obs)      # (T, N, 20) -> (T, N, 6)
 """
 
-import contextlib
-import ctypes
 import sys
 from collections.abc import Callable
 
@@ -23,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-Weights = list[tuple[Tensor, Tensor, Tensor]]  # (W, b, g) of each dynamic layer
+Weights = tuple[tuple[Tensor, Tensor, Tensor], ...]  # (W, b, g) of each dynamic layer
 
 
 class ResidualBlock(nn.Module):
@@ -58,46 +56,28 @@ def make_primary(meta_dim: int, widths: tuple[int, ...] = (256, 512, 1024)) -> n
 class Head(nn.Module):
     """One dynamic layer's weights as linear functions of the latent (Fig. 1).
 
-    self.W is not W but the linear layer that generates it; so are self.b and self.g.
-
-    latent (..., latent_dim) -> W (..., fan_in, fan_out), b (..., fan_out), g (..., fan_out)
+    latent (..., latent_dim) -> W (..., fan_in, fan_out), b (..., 1, fan_out), g (..., 1, fan_out)
     """
 
     def __init__(self, latent_dim: int, fan_in: int, fan_out: int):
         super().__init__()
-        self.shape = (fan_in, fan_out)
-        self.W = nn.Linear(latent_dim, fan_in * fan_out)
-        self.b = nn.Linear(latent_dim, fan_out)
-        self.g = nn.Linear(latent_dim, fan_out)
-
-    def init_uniform(self, W_bound: float, bg_bound: float) -> None:
-        """Draws W's weights from ±W_bound and those of b and g from ±bg_bound; biases are 0."""
-        for linear, bound in ((self.W, W_bound), (self.b, bg_bound), (self.g, bg_bound)):
-            nn.init.uniform_(linear.weight, -bound, bound)
-            nn.init.zeros_(linear.bias)
+        self.fan_in, self.fan_out = fan_in, fan_out
+        self.to_W = nn.Linear(latent_dim, fan_in * fan_out)
+        self.to_b = nn.Linear(latent_dim, fan_out)
+        self.to_g = nn.Linear(latent_dim, fan_out)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        W = self.W(latent).unflatten(-1, self.shape)
-        # Under autocast b and g are bfloat16: cast back, so that 1 + g is not rounded
-        b, g = (linear(latent).to(linear.weight.dtype) for linear in (self.b, self.g))
-        return W, b, g
+        W = self.to_W(latent).unflatten(-1, (self.fan_in, self.fan_out))
+        b = self.to_b(latent).unsqueeze(-2)  # an axis for the samples that share the weights
+        g = self.to_g(latent).unsqueeze(-2)
+        dtype = self.to_g.weight.dtype  # not autocast's bfloat16, which would round 1 + g
+        return W, b.to(dtype), g.to(dtype)
 
 
 class HyperNetwork(nn.Module):
     """Primary network, heads, and a dynamic network with one hidden layer (Sec. 2, Eq. 1).
 
-    meta (B, meta_dim), base (B, base_dim): one set of dynamic weights per sample.
-    meta (T, meta_dim), base (T, N, base_dim): one per task, shared by its N samples.
-
-    `init` is the initialisation of the dynamic weights (compared in results/):
-    - "released": the authors' constants, heads uniform in ±0.05 (hidden layer) and ±0.008 (output
-      layer). The two W then have a std of about 0.04 and 0.007.
-    - "paper": W has the std of Kaiming-uniform, sqrt(2 / fan_in) (Sec. 5.2), if the meta variable
-      is standard normal; HalfCheetah's states make it 2.1 times as large. The heads of b and g have
-      a tenth of the bound of W's.
-    - "bias": each head outputs its own bias alone, so that every meta variable starts with the same
-      ordinary layer: W uniform in ±1 / sqrt(fan_in) like PyTorch's Linear, b = g = 0
-      (Bias-HyperInit of Beck et al., 2022, Hypernetworks in Meta-Reinforcement Learning).
+    `init` says how the dynamic weights start; see `init_heads`.
     """
 
     def __init__(
@@ -113,50 +93,63 @@ class HyperNetwork(nn.Module):
         self.primary = make_primary(meta_dim, primary_widths)
         self.hidden = Head(primary_widths[-1], base_dim, dynamic_width)
         self.output = Head(primary_widths[-1], dynamic_width, out_dim)
-        if init == "released":
-            self.hidden.init_uniform(0.05, 0.05)
-            self.output.init_uniform(0.008, 0.008)
-        elif init == "paper":
-            with torch.no_grad():
-                latent = self.primary(torch.randn(1024, meta_dim))
-            norm = latent.square().sum(-1).mean().sqrt().item()
-            for head in (self.hidden, self.output):
-                c = (6 / head.shape[0]) ** 0.5 / norm  # W's std, c * norm / sqrt(3), is Kaiming's
-                head.init_uniform(c, c / 10)
-        elif init == "bias":
-            for head in (self.hidden, self.output):
-                bound = 1 / head.shape[0] ** 0.5
-                head.init_uniform(0.0, 0.0)
-                nn.init.uniform_(head.W.bias, -bound, bound)
-        else:
-            raise ValueError(f"init must be paper, bias or released, not {init!r}")
+        init_heads(self, init)
 
     def generate(self, meta: Tensor) -> Weights:
-        """meta (..., meta_dim) -> [(W, b, g) of the hidden layer, (W, b, g) of the output layer]"""
+        """w(meta): the weights of the dynamic network for each row of meta (..., meta_dim)."""
         latent = self.primary(meta)
-        return [self.hidden(latent), self.output(latent)]
+        return self.hidden(latent), self.output(latent)
 
     @staticmethod
     def dynamic(weights: Weights, base: Tensor) -> Tensor:
-        """Eq. 1: `x = relu((1 + g) * (x W) + b)`, with no relu on the last layer.
+        """Eq. 1, x' = relu((1 + g) * (x W) + b), without the relu in the output layer.
 
-        base (B, base_dim) with weights generated from meta (B, meta_dim), or base (T, N, base_dim)
-        with weights from meta (T, meta_dim) -> (..., out_dim)
+        weights of meta (..., meta_dim), base (..., N, base_dim) -> (..., N, out_dim): N samples
+        share their weights. For many of them, it is cheaper to multiply W by 1 + g than x W.
         """
-        per_sample = base.dim() == weights[0][1].dim()  # else one per task
-        x = base.unsqueeze(-2) if per_sample else base  # (B, 1, x) or (T, N, x)
-        for layer, (W, b, g) in enumerate(weights):
-            g, b = g.unsqueeze(-2), b.unsqueeze(-2)
-            if per_sample:
-                x = (1 + g) * (x @ W) + b
-            else:  # the same value; scaling W is cheaper where many samples share it
-                x = torch.baddbmm(b, x, (1 + g) * W)
-            if layer < len(weights) - 1:
-                x = F.relu(x)
-        return x.squeeze(-2) if per_sample else x
+        (W1, b1, g1), (W2, b2, g2) = weights
+        h = F.relu(base @ ((1 + g1) * W1) + b1)
+        return h @ ((1 + g2) * W2) + b2
 
     def forward(self, meta: Tensor, base: Tensor) -> Tensor:
-        return self.dynamic(self.generate(meta), base)
+        """f_{w(meta)}(base), each sample with weights of its own.
+
+        meta (..., meta_dim), base (..., base_dim) -> (..., out_dim)
+        """
+        weights = self.generate(meta)
+        return self.dynamic(weights, base.unsqueeze(-2)).squeeze(-2)  # N = 1
+
+
+def init_heads(net: HyperNetwork, init: str) -> None:
+    """Draws the heads' weights, so that the dynamic weights start in one of three ways.
+
+    - "released": the authors' constants, ±0.05 for the hidden layer's head and ±0.008 for the
+      output layer's.
+    - "paper": W has the std of Kaiming-uniform, sqrt(2 / fan_in) (Sec. 5.2), if the meta variable
+      is standard normal. The heads of b and g have a tenth of the bound of W's.
+    - "bias": each head outputs its own bias alone, so that every meta variable starts with the same
+      ordinary layer: W uniform in ±1 / sqrt(fan_in) like PyTorch's Linear, b = g = 0
+      (Bias-HyperInit of Beck et al., 2022, Hypernetworks in Meta-Reinforcement Learning).
+    """
+    heads = (net.hidden, net.output)
+    if init == "released":
+        W_bounds = bg_bounds = (0.05, 0.008)
+    elif init == "paper":
+        with torch.no_grad():
+            latent = net.primary(torch.randn(1024, net.primary[0].in_features))
+        norm = latent.square().sum(-1).mean().sqrt().item()  # W's std is bound * norm / sqrt(3)
+        W_bounds = [(6 / head.fan_in) ** 0.5 / norm for head in heads]
+        bg_bounds = [bound / 10 for bound in W_bounds]
+    elif init == "bias":
+        W_bounds = bg_bounds = (0, 0)
+    else:
+        raise ValueError(f"init must be released, paper or bias, not {init!r}")
+    for head, W_bound, bg_bound in zip(heads, W_bounds, bg_bounds):
+        for linear, bound in ((head.to_W, W_bound), (head.to_b, bg_bound), (head.to_g, bg_bound)):
+            nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(linear.bias)
+        if init == "bias":
+            nn.init.uniform_(head.to_W.bias, -(head.fan_in**-0.5), head.fan_in**-0.5)
 
 
 class HyperCritic(nn.Module):
@@ -165,13 +158,20 @@ class HyperCritic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, meta: str, **hyper):
         super().__init__()
         self.state_is_meta = meta == "obs"
-        dims = (obs_dim, action_dim) if self.state_is_meta else (action_dim, obs_dim)
-        self.hyper = HyperNetwork(*dims, out_dim=1, **hyper)
+        meta_dim, base_dim = (obs_dim, action_dim) if self.state_is_meta else (action_dim, obs_dim)
+        self.hyper = HyperNetwork(meta_dim, base_dim, out_dim=1, **hyper)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         meta, base = (obs, action) if self.state_is_meta else (action, obs)
-        weights = self.hyper.generate(meta)  # w(s), or w(a) for AS-Hyper
-        return self.hyper.dynamic(weights, base).squeeze(-1)
+        return self.hyper(meta, base).squeeze(-1)
+
+
+def make_mlp(input_dim: int, *widths: int) -> nn.Sequential:
+    """Linear layers with relu between them: (..., input_dim) -> (..., 1)."""
+    layers = []
+    for fan_in, width in zip((input_dim, *widths), widths):
+        layers += [nn.Linear(fan_in, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
 
 class ConcatCritic(nn.Module):
@@ -217,18 +217,6 @@ class ResNetFeaturesCritic(nn.Module):
         return self.critic(self.features(obs), action)
 
 
-def make_mlp(input_dim: int, *widths: int) -> nn.Sequential:
-    """Linear layers with relu between them: (..., input_dim) -> (..., 1)."""
-    layers = []
-    for fan_in, width in zip((input_dim, *widths), widths):
-        layers += [nn.Linear(fan_in, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
-
-
-CRITICS = ("mlp", "mlp-small", "mlp-large", "resnet-features", "resnet35", "d2rl")
-CRITICS += ("as-hyper", "sa-hyper")
-
-
 def make_critic(
     name: str,
     obs_dim: int,
@@ -239,7 +227,7 @@ def make_critic(
 ) -> nn.Module:
     """One Q-network of Sec. 5.2: obs (..., obs_dim), action (..., action_dim) -> (...).
 
-    The last three arguments are those of `HyperNetwork`. Raises ValueError for an unknown name.
+    The last three arguments are those of `HyperNetwork`.
     """
     dim = obs_dim + action_dim
     hyper = dict(primary_widths=primary_widths, dynamic_width=dynamic_width, init=init)
@@ -254,16 +242,15 @@ def make_critic(
             return ResNetFeaturesCritic(obs_dim, action_dim, primary_widths)
         case "resnet35":  # 4.6M weights (paper: 4.5M)
             blocks = [ResidualBlock(256) for _ in range(35)]
-            return ConcatCritic(
-                nn.Sequential(nn.Linear(dim, 256), *blocks, nn.ReLU(), nn.Linear(256, 1))
-            )
+            net = nn.Sequential(nn.Linear(dim, 256), *blocks, nn.ReLU(), nn.Linear(256, 1))
+            return ConcatCritic(net)
         case "d2rl":
             return ConcatCritic(D2RL(dim))
         case "as-hyper":
             return HyperCritic(obs_dim, action_dim, meta="action", **hyper)
         case "sa-hyper":  # the method
             return HyperCritic(obs_dim, action_dim, meta="obs", **hyper)
-    raise ValueError(f"unknown critic {name!r}, choose from {', '.join(CRITICS)}")
+    raise ValueError(f"unknown critic {name!r}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,14 +260,12 @@ def make_critic(
 def tune(device: str, precision: str) -> None:
     """Makes the arithmetic fast; the scripts call it once, before PyTorch starts its threads.
 
-    CPU: numbers below 1e-38 (float64: 2e-308) are treated as 0, in NumPy and MuJoCo too. Adam's
-    averages of gradients that have become 0 would otherwise end as such numbers, with which
-    processors are slow: an update of `sa-hyper` took 1.4 times as long or more, for the same
-    weights (measured with TD3: results/speed.md). Float32 products go to oneDNN in place of MKL,
-    PyTorch's default (the same page).
-    On processors with AMX the setting also rounds to bfloat16; this is detected and undone.
-    CUDA: float32 products use TF32; the environment variable NVIDIA_TF32_OVERRIDE=0 switches that
-    off. Warns if the device has no bfloat16 arithmetic.
+    CPU: numbers below 1e-38 (float64: 2e-308) count as 0, in NumPy and MuJoCo too. Adam's averages
+    of gradients that have become 0 end as such numbers, with which processors are slow. Float32
+    products go to oneDNN in place of MKL. (Both measured: results/speed.md.) On processors with AMX
+    this setting also rounds to bfloat16, which is detected and undone.
+    CUDA: float32 products use TF32, unless the environment has NVIDIA_TF32_OVERRIDE=0.
+    Warns if the device has no bfloat16 arithmetic.
     """
     torch.set_flush_denormal(True)  # PyTorch's threads inherit it when they start, so it is first
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
@@ -317,16 +302,3 @@ class CudaGraph:
         tree_map(Tensor.copy_, self.inputs, inputs)
         self.graph.replay()
         return self.outputs
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory, for updates that need many megabytes again and again.
-
-    By default each large tensor goes back to the system and is paged in anew the next time, which
-    takes as long as the arithmetic (measured: half the time of one of MAML's Fisher products).
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another libc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB
-        libc.mallopt(-2, 2**26)  # M_TOP_PAD: take 64 MiB at a time

@@ -13,6 +13,7 @@ In the help, (paper) marks a value from the paper and (released) one from the au
 """
 
 import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -43,7 +44,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hypernet import HyperNetwork, keep_freed_memory, tune
+from hypernet import HyperNetwork, tune
 from meta_envs import FAMILIES, MetaVectorEnv, sample_goals
 
 
@@ -520,6 +521,19 @@ def evaluate(policy: Policy, envs: MetaVectorEnv, args: Args) -> dict[str, np.nd
     """The mean returns on test goals, always from the same starts and with the same noise."""
     rng = np.random.default_rng(args.seed + 100)
     return mean_returns(adapt_and_sample(policy, envs, rng, args)[0])
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep freed memory, for updates that need many megabytes again and again.
+
+    By default each large tensor goes back to the system and is paged in anew the next time, which
+    takes as long as the arithmetic (measured: results/speed.md).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB
+        libc.mallopt(-2, 2**26)  # M_TOP_PAD: take 64 MiB at a time
 
 
 def train(args: Args) -> None:

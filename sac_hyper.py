@@ -1,10 +1,9 @@
 """SAC with any of the eight critics of the hypernetwork paper (Sec. 5.2).
 
 It is the SAC of Haarnoja et al., *Soft Actor-Critic Algorithms and Applications* (2018): two
-critics, no value network, and a temperature that is tuned to a given entropy. With `sa-hyper` the
-Q-function is Q(s, a) = f_{w(s)}(a): a primary network turns the state into the weights w(s) of a
-small dynamic network that acts on the action (Sec. 3; `generate` and `dynamic` in hypernet.py). The
-actor follows the gradient of Q with respect to the action, which flows through the latter alone.
+critics, no value network, a tuned temperature. With `--critic sa-hyper`, Q(s, a) = f_{w(s)}(a): a
+primary network turns the state into the weights w(s) of a small dynamic network that acts on the
+action (Sec. 3). The actor follows ∇_a Q, which flows through the dynamic network alone (Fig. 2).
 
     python sac_hyper.py --env-id Hopper-v4 --critic sa-hyper
 
@@ -24,7 +23,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 from zipfile import ZipFile
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # lets two runs share cores (results/speed.md)
@@ -39,22 +38,22 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hypernet import CRITICS, CudaGraph, make_critic, tune
+from hypernet import CudaGraph, make_critic, tune
 
 
 @dataclass
 class Args:
-    critic: Literal[CRITICS] = "sa-hyper"
-    """Q-network (paper, Sec. 5.2)"""
+    critic: Literal["mlp", "mlp-small", "mlp-large", "resnet-features", "resnet35", "d2rl",
+                    "as-hyper", "sa-hyper"] = "sa-hyper"  # fmt: skip
+    """Q-network, see make_critic in hypernet.py (paper, Sec. 5.2)"""
     primary_widths: tuple[int, ...] = (256, 512, 1024)
     """widths of the primary network, for sa-hyper, as-hyper and resnet-features (released)"""
     dynamic_width: int = 256
     """hidden units of the dynamic network (paper, Sec. 2)"""
     hyper_init: Literal["released", "paper", "bias"] = "released"
-    """how the dynamic weights start, see HyperNetwork (measured: results/)"""
+    """how the dynamic weights start, see init_heads in hypernet.py (measured: results/)"""
     learning_starts: int | None = None
-    """environment steps with random actions before learning starts; None means 10,000 for
-    HalfCheetah and Ant, as in TD3's paper, and 1,000 for the others (released)"""
+    """random steps first; None: 1,000 (released), 10,000 for HalfCheetah and Ant (TD3's paper)"""
     batch_size: int = 256
     """transitions in an update (released)"""
     buffer_size: int = 1_000_000
@@ -110,7 +109,8 @@ class Args:
         if self.learning_starts is None:
             self.learning_starts = 10000 if self.env_id.startswith(("HalfCheetah", "Ant")) else 1000
         check_args(self, ("seed", "save_every", "learning_starts"), shares=("gamma", "tau"))
-        if (starts := self.learning_starts) >= (total := self.total_timesteps):
+        starts, total = self.learning_starts, self.total_timesteps
+        if starts >= total:
             raise ValueError(f"--learning-starts {starts} must be below --total-timesteps {total}")
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError("--cuda-graph needs --device cuda")
@@ -147,23 +147,32 @@ class Actor(nn.Module):
         return torch.tanh(u), (log_normal - log_slope).sum(-1)
 
 
-Batch = tuple[Tensor, ...]  # obs, action, reward, next_obs, terminated
-
-
 class Agent(nn.Module):
     """Actor, temperature α, and twin critics with their targets."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        dims = (obs_dim, action_dim)
-        hyper = (args.dynamic_width, args.primary_widths, args.hyper_init)
-        self.actor = Actor(*dims)
-        self.critics = nn.ModuleList(make_critic(args.critic, *dims, *hyper) for _ in range(2))
+        self.actor = Actor(obs_dim, action_dim)
+        widths = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
+        self.critics = nn.ModuleList(
+            make_critic(args.critic, obs_dim, action_dim, init=args.hyper_init, **widths)
+            for _ in range(2)
+        )
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.online = [*self.critics.parameters()]  # θ
         self.targets = [*self.target_critics.parameters()]  # θ'
         alpha = torch.tensor(1.0 if args.autotune else args.alpha)
         self.log_alpha = nn.Parameter(alpha.log(), requires_grad=args.autotune)
+
+
+class Batch(NamedTuple):
+    """Transitions from the replay buffer."""
+
+    obs: Tensor  # (B, obs)
+    action: Tensor  # (B, action)
+    reward: Tensor  # (B,)
+    next_obs: Tensor  # (B, obs)
+    terminated: Tensor  # (B,)
 
 
 def q_value(critic: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tensor:
@@ -172,18 +181,20 @@ def q_value(critic: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tenso
         return critic(obs, action).float()
 
 
-def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> Tensor:
+def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Σ_i mean (Q_i(s, a) - y)², y = r + γ (1 - terminated) (min_i Q'_i(s', a') - α log π(a'|s')).
 
-    a' ~ π(.|s') is sampled with `noise` (B, action), which is standard normal.
+    a' ~ π(.|s') is sampled with `noise` (B, action), which is standard normal. Returns the loss and
+    the mean Q_1(s, a).
     """
     obs, action, reward, next_obs, terminated = batch
     with torch.no_grad():
         next_action, log_prob = agent.actor.sample(next_obs, noise)
-        next_q = torch.min(*(q_value(q, next_obs, next_action, args) for q in agent.target_critics))
-        next_value = next_q - agent.log_alpha.exp() * log_prob
+        next_q1, next_q2 = (q_value(q, next_obs, next_action, args) for q in agent.target_critics)
+        next_value = torch.min(next_q1, next_q2) - agent.log_alpha.exp() * log_prob
         target = reward + args.gamma * (1 - terminated) * next_value  # (B,)
-    return sum(F.mse_loss(q_value(q, obs, action, args), target) for q in agent.critics)
+    q1, q2 = (q_value(q, obs, action, args) for q in agent.critics)
+    return F.mse_loss(q1, target) + F.mse_loss(q2, target), q1.detach().mean()
 
 
 def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -193,12 +204,12 @@ def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[T
     network alone (Fig. 2c). The critics are frozen during their forward pass, which is when
     autograd records what to differentiate, so that their primary networks cost no backward pass.
     """
-    obs = batch[0]
-    action, log_prob = agent.actor.sample(obs, noise)
+    action, log_prob = agent.actor.sample(batch.obs, noise)
     agent.critics.requires_grad_(False)
-    q = torch.min(*(q_value(critic, obs, action, args) for critic in agent.critics))
+    q1, q2 = (q_value(q, batch.obs, action, args) for q in agent.critics)
     agent.critics.requires_grad_(True)
-    return (agent.log_alpha.exp().detach() * log_prob - q).mean(), log_prob.detach()
+    loss = (agent.log_alpha.exp().detach() * log_prob - torch.min(q1, q2)).mean()
+    return loss, log_prob.detach()
 
 
 def alpha_loss(agent: Agent, log_prob: Tensor, action_dim: int) -> Tensor:
@@ -206,29 +217,33 @@ def alpha_loss(agent: Agent, log_prob: Tensor, action_dim: int) -> Tensor:
     return -(agent.log_alpha.exp() * (log_prob - action_dim)).mean()
 
 
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Takes one step of the optimizer down the gradient of the loss; returns the loss."""
-    optimizer.zero_grad()
+def update_critics(agent: Agent, optimizers: dict, batch: Batch, noise: Tensor, args: Args) -> dict:
+    """One step of both critics on `critic_loss`. Returns the loss and the mean Q_1(s, a)."""
+    loss, mean_q = critic_loss(agent, batch, noise, args)
+    optimizers["critic"].zero_grad()
     loss.backward()
-    optimizer.step()
-    return loss.detach()
+    optimizers["critic"].step()
+    return {"critic_loss": loss.detach(), "q_value": mean_q}
 
 
-def update(
+def update_actor_and_targets(
     agent: Agent, optimizers: dict, batch: Batch, noise: Tensor, args: Args
-) -> dict[str, Tensor]:
-    """Updates critics, actor, temperature and targets, with `noise` (2, B, action), which is
-    standard normal. Returns the losses and the temperature."""
-    losses = {}
-    losses["critic_loss"] = descend(critic_loss(agent, batch, noise[0], args), optimizers["critic"])
-    loss, log_prob = actor_loss(agent, batch, noise[1], args)
-    losses["actor_loss"] = descend(loss, optimizers["actor"])
+) -> dict:
+    """One step of actor, temperature and targets. Returns the losses and the temperature."""
+    loss, log_prob = actor_loss(agent, batch, noise, args)
+    optimizers["actor"].zero_grad()
+    loss.backward()
+    optimizers["actor"].step()
+    losses = {"actor_loss": loss.detach()}
     if args.autotune:
-        loss = alpha_loss(agent, log_prob, action_dim=noise.shape[-1])
-        losses["alpha_loss"] = descend(loss, optimizers["alpha"])
-        losses["alpha"] = agent.log_alpha.detach().exp()
+        loss = alpha_loss(agent, log_prob, action_dim=batch.action.shape[-1])
+        optimizers["alpha"].zero_grad()
+        loss.backward()
+        optimizers["alpha"].step()
+        losses |= {"alpha_loss": loss.detach(), "alpha": agent.log_alpha.detach().exp()}
     with torch.no_grad():
-        torch._foreach_lerp_(agent.targets, agent.online, args.tau)  # θ' <- θ' + τ (θ - θ')
+        for target, online in zip(agent.targets, agent.online):
+            target.lerp_(online, args.tau)  # θ' <- θ' + τ (θ - θ')
     return losses
 
 
@@ -240,9 +255,6 @@ class ReplayBuffer:
         self.data = torch.empty(capacity, sum(self.widths), device=device)
         self.added = 0
 
-    def __len__(self) -> int:
-        return min(self.added, len(self.data))
-
     def add(self, obs, action, reward: float, next_obs, terminated: bool) -> None:
         """Stores a transition; `next_obs` is the true next state, even where the episode ends."""
         row = np.concatenate((obs, action, (reward,), next_obs, (terminated,)), dtype=np.float32)
@@ -250,14 +262,14 @@ class ReplayBuffer:
         self.added += 1
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
-        """obs (B, obs), action (B, action), reward (B,), next_obs (B, obs), terminated (B,)"""
-        index = torch.from_numpy(rng.integers(len(self), size=batch_size))
+        filled = min(self.added, len(self.data))
+        index = torch.from_numpy(rng.integers(filled, size=batch_size))
         rows = self.data[index.to(self.data.device)]
         obs, action, reward, next_obs, terminated = rows.split(self.widths, -1)
-        return obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1)
+        return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
     def state_dict(self) -> dict:
-        return {"data": self.data[: len(self)].clone(), "added": self.added}
+        return {"data": self.data[: self.added].clone(), "added": self.added}
 
     def load_state_dict(self, state: dict) -> None:
         self.data[: len(state["data"])] = state["data"]
@@ -329,9 +341,10 @@ def train(args: Args) -> None:
         "actor": adam(agent.actor.parameters(), args.actor_lr),
         "alpha": adam([agent.log_alpha], args.alpha_lr),
     }
-    learn = functools.partial(update, agent, optimizers, args=args)
+    learn_critics = functools.partial(update_critics, agent, optimizers, args=args)
+    learn_actor = functools.partial(update_actor_and_targets, agent, optimizers, args=args)
     if args.cuda_graph:
-        learn = CudaGraph(learn)
+        learn_critics, learn_actor = CudaGraph(learn_critics), CudaGraph(learn_actor)
     buffer = ReplayBuffer(obs_dim, action_dim, args.buffer_size, args.device)
     global_step = run.resume(rng, agent=agent, buffer=buffer, **optimizers)
     done = True
@@ -363,18 +376,18 @@ def train(args: Args) -> None:
         buffer.add(obs, action, reward, next_obs, terminated)
         obs, done = next_obs, terminated or truncated
         if done:
-            episode = {"return": info["totals"]["r"], "length": info["totals"]["l"]}
-            run.log(global_step, "charts", {f"episodic_{k}": v for k, v in episode.items()})
+            stats = {"episodic_return": info["totals"]["r"], "episodic_length": info["totals"]["l"]}
+            run.log(global_step, "charts", stats)
 
         # Learn: critics, actor, temperature and targets at every step
         if global_step >= args.learning_starts:
             batch = buffer.sample(args.batch_size, rng)
-            noise = rng.standard_normal((2, *batch[1].shape), dtype=np.float32)
-            noise = torch.from_numpy(noise).to(args.device)
-            losses = learn(batch, noise)
+            noise = rng.standard_normal((2, *batch.action.shape), dtype=np.float32)
+            next_noise, actor_noise = torch.from_numpy(noise).to(args.device)
+            losses = learn_critics(batch, next_noise) | learn_actor(batch, actor_noise)
             losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # fetched together
             run.check_finite(global_step, **losses)
-            if done:
+            if (global_step + 1) % 100 == 0:
                 run.log(global_step, "losses", losses)
         global_step += 1
         run.env_steps += 1

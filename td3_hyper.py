@@ -1,9 +1,8 @@
 """TD3 (Fujimoto et al., 2018) with any of the eight critics of the hypernetwork paper (Sec. 5.2).
 
-With `--critic sa-hyper` the Q-function is Q(s, a) = f_{w(s)}(a): a primary network turns the state
-into the weights w(s) of a small dynamic network that acts on the action (Sec. 3; `generate` and
-`dynamic` in hypernet.py). The actor follows the gradient of Q with respect to the action, which
-flows through the dynamic network alone (Fig. 2; `actor_loss` below).
+With `--critic sa-hyper`, Q(s, a) = f_{w(s)}(a): a primary network turns the state into the weights
+w(s) of a small dynamic network that acts on the action (Sec. 3; `HyperNetwork` in hypernet.py). The
+actor follows ∇_a Q, which flows through the dynamic network alone (Fig. 2; `actor_loss` below).
 
     python td3_hyper.py --env-id Hopper-v4 --critic sa-hyper
 
@@ -22,7 +21,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 from zipfile import ZipFile
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # lets two runs share cores (results/speed.md)
@@ -37,22 +36,22 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hypernet import CRITICS, CudaGraph, make_critic, tune
+from hypernet import CudaGraph, make_critic, tune
 
 
 @dataclass
 class Args:
-    critic: Literal[CRITICS] = "sa-hyper"
-    """Q-network (paper, Sec. 5.2)"""
+    critic: Literal["mlp", "mlp-small", "mlp-large", "resnet-features", "resnet35", "d2rl",
+                    "as-hyper", "sa-hyper"] = "sa-hyper"  # fmt: skip
+    """Q-network, see make_critic in hypernet.py (paper, Sec. 5.2)"""
     primary_widths: tuple[int, ...] = (256, 512, 1024)
     """widths of the primary network, for sa-hyper, as-hyper and resnet-features (released)"""
     dynamic_width: int = 256
     """hidden units of the dynamic network (paper, Sec. 2)"""
     hyper_init: Literal["released", "paper", "bias"] = "released"
-    """how the dynamic weights start, see HyperNetwork (measured: results/)"""
+    """how the dynamic weights start, see init_heads in hypernet.py (measured: results/)"""
     learning_starts: int | None = None
-    """environment steps with random actions before learning starts; None means 10,000 for
-    HalfCheetah and Ant, as in TD3's paper, and 1,000 for the others (released)"""
+    """random steps first; None: 1,000 (released), 10,000 for HalfCheetah and Ant (TD3's paper)"""
     batch_size: int = 100
     """transitions in an update (released)"""
     buffer_size: int = 1_000_000
@@ -110,7 +109,8 @@ class Args:
         if self.learning_starts is None:
             self.learning_starts = 10000 if self.env_id.startswith(("HalfCheetah", "Ant")) else 1000
         check_args(self, ("seed", "save_every", "learning_starts"), shares=("gamma", "tau"))
-        if (starts := self.learning_starts) >= (total := self.total_timesteps):
+        starts, total = self.learning_starts, self.total_timesteps
+        if starts >= total:
             raise ValueError(f"--learning-starts {starts} must be below --total-timesteps {total}")
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError("--cuda-graph needs --device cuda")
@@ -130,22 +130,31 @@ class Actor(nn.Module):
         return torch.tanh(self.output(h))
 
 
-Batch = tuple[Tensor, ...]  # obs, action, reward, next_obs, terminated
-
-
 class Agent(nn.Module):
     """Actor and twin critics, each with its target network."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        dims = (obs_dim, action_dim)
-        hyper = (args.dynamic_width, args.primary_widths, args.hyper_init)
-        self.actor = Actor(*dims)
-        self.critics = nn.ModuleList(make_critic(args.critic, *dims, *hyper) for _ in range(2))
+        self.actor = Actor(obs_dim, action_dim)
+        widths = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
+        self.critics = nn.ModuleList(
+            make_critic(args.critic, obs_dim, action_dim, init=args.hyper_init, **widths)
+            for _ in range(2)
+        )
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.online = [*self.actor.parameters(), *self.critics.parameters()]  # θ
         self.targets = [*self.target_actor.parameters(), *self.target_critics.parameters()]  # θ'
+
+
+class Batch(NamedTuple):
+    """Transitions from the replay buffer."""
+
+    obs: Tensor  # (B, obs)
+    action: Tensor  # (B, action)
+    reward: Tensor  # (B,)
+    next_obs: Tensor  # (B, obs)
+    terminated: Tensor  # (B,)
 
 
 def q_value(critic: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tensor:
@@ -154,19 +163,20 @@ def q_value(critic: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tenso
         return critic(obs, action).float()
 
 
-def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> Tensor:
+def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Σ_i mean (Q_i(s, a) - y)² with y = r + γ (1 - terminated) min_i Q'_i(s', a').
 
     a' = clip(π'(s') + ε, ±1) with ε = clip(target_noise * noise, ±noise_clip); `noise` (B, action)
-    is standard normal.
+    is standard normal. Returns the loss and the mean Q_1(s, a).
     """
     obs, action, reward, next_obs, terminated = batch
     with torch.no_grad():
         epsilon = (args.target_noise * noise).clamp(-args.noise_clip, args.noise_clip)
         next_action = (agent.target_actor(next_obs) + epsilon).clamp(-1, 1)
-        next_q = torch.min(*(q_value(q, next_obs, next_action, args) for q in agent.target_critics))
-        target = reward + args.gamma * (1 - terminated) * next_q  # (B,)
-    return sum(F.mse_loss(q_value(q, obs, action, args), target) for q in agent.critics)
+        next_q1, next_q2 = (q_value(q, next_obs, next_action, args) for q in agent.target_critics)
+        target = reward + args.gamma * (1 - terminated) * torch.min(next_q1, next_q2)  # (B,)
+    q1, q2 = (q_value(q, obs, action, args) for q in agent.critics)
+    return F.mse_loss(q1, target) + F.mse_loss(q2, target), q1.detach().mean()
 
 
 def actor_loss(agent: Agent, batch: Batch, args: Args) -> Tensor:
@@ -176,31 +186,31 @@ def actor_loss(agent: Agent, batch: Batch, args: Args) -> Tensor:
     network alone (Fig. 2c). The critic is frozen during its forward pass, which is when
     autograd records what to differentiate, so that its primary network costs no backward pass.
     """
-    obs = batch[0]
-    critic = agent.critics[0].requires_grad_(False)
-    loss = -q_value(critic, obs, agent.actor(obs), args).mean()
-    critic.requires_grad_(True)
+    q1 = agent.critics[0].requires_grad_(False)
+    loss = -q_value(q1, batch.obs, agent.actor(batch.obs), args).mean()
+    q1.requires_grad_(True)
     return loss
 
 
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Takes one step of the optimizer down the gradient of the loss; returns the loss."""
-    optimizer.zero_grad()
+def update_critics(agent: Agent, optimizers: dict, batch: Batch, noise: Tensor, args: Args) -> dict:
+    """One step of both critics on `critic_loss`. Returns the loss and the mean Q_1(s, a)."""
+    loss, mean_q = critic_loss(agent, batch, noise, args)
+    optimizers["critic"].zero_grad()
     loss.backward()
-    optimizer.step()
-    return loss.detach()
+    optimizers["critic"].step()
+    return {"critic_loss": loss.detach(), "q_value": mean_q}
 
 
-def update(
-    agent: Agent, optimizers: dict, batch: Batch, noise: Tensor, args: Args, update_actor: bool
-) -> dict[str, Tensor]:
-    """Updates the critics and, with `update_actor`, actor and targets too. Returns the losses."""
-    losses = {"critic_loss": descend(critic_loss(agent, batch, noise, args), optimizers["critic"])}
-    if update_actor:
-        losses["actor_loss"] = descend(actor_loss(agent, batch, args), optimizers["actor"])
-        with torch.no_grad():
-            torch._foreach_lerp_(agent.targets, agent.online, args.tau)  # θ' <- θ' + τ (θ - θ')
-    return losses
+def update_actor_and_targets(agent: Agent, optimizers: dict, batch: Batch, args: Args) -> dict:
+    """One step of the actor on `actor_loss`, and of all targets. Returns the loss."""
+    loss = actor_loss(agent, batch, args)
+    optimizers["actor"].zero_grad()
+    loss.backward()
+    optimizers["actor"].step()
+    with torch.no_grad():
+        for target, online in zip(agent.targets, agent.online):
+            target.lerp_(online, args.tau)  # θ' <- θ' + τ (θ - θ')
+    return {"actor_loss": loss.detach()}
 
 
 class ReplayBuffer:
@@ -211,9 +221,6 @@ class ReplayBuffer:
         self.data = torch.empty(capacity, sum(self.widths), device=device)
         self.added = 0
 
-    def __len__(self) -> int:
-        return min(self.added, len(self.data))
-
     def add(self, obs, action, reward: float, next_obs, terminated: bool) -> None:
         """Stores a transition; `next_obs` is the true next state, even where the episode ends."""
         row = np.concatenate((obs, action, (reward,), next_obs, (terminated,)), dtype=np.float32)
@@ -221,14 +228,14 @@ class ReplayBuffer:
         self.added += 1
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
-        """obs (B, obs), action (B, action), reward (B,), next_obs (B, obs), terminated (B,)"""
-        index = torch.from_numpy(rng.integers(len(self), size=batch_size))
+        filled = min(self.added, len(self.data))
+        index = torch.from_numpy(rng.integers(filled, size=batch_size))
         rows = self.data[index.to(self.data.device)]
         obs, action, reward, next_obs, terminated = rows.split(self.widths, -1)
-        return obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1)
+        return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
     def state_dict(self) -> dict:
-        return {"data": self.data[: len(self)].clone(), "added": self.added}
+        return {"data": self.data[: self.added].clone(), "added": self.added}
 
     def load_state_dict(self, state: dict) -> None:
         self.data[: len(state["data"])] = state["data"]
@@ -292,10 +299,10 @@ def train(args: Args) -> None:
         "critic": adam(agent.critics.parameters(), args.critic_lr),
         "actor": adam(agent.actor.parameters(), args.actor_lr),
     }
-    learn = functools.partial(update, agent, optimizers, args=args)
-    learn = [functools.partial(learn, update_actor=flag) for flag in (False, True)]
+    learn_critics = functools.partial(update_critics, agent, optimizers, args=args)
+    learn_actor = functools.partial(update_actor_and_targets, agent, optimizers, args=args)
     if args.cuda_graph:
-        learn = [CudaGraph(function) for function in learn]
+        learn_critics, learn_actor = CudaGraph(learn_critics), CudaGraph(learn_actor)
     buffer = ReplayBuffer(obs_dim, action_dim, args.buffer_size, args.device)
     global_step = run.resume(rng, agent=agent, buffer=buffer, **optimizers)
     done = True
@@ -327,18 +334,19 @@ def train(args: Args) -> None:
         buffer.add(obs, action, reward, next_obs, terminated)
         obs, done = next_obs, terminated or truncated
         if done:
-            episode = {"return": info["totals"]["r"], "length": info["totals"]["l"]}
-            run.log(global_step, "charts", {f"episodic_{k}": v for k, v in episode.items()})
+            stats = {"episodic_return": info["totals"]["r"], "episodic_length": info["totals"]["l"]}
+            run.log(global_step, "charts", stats)
 
         # Learn: the critics every step, actor and targets every `policy_frequency` steps
         if global_step >= args.learning_starts:
             batch = buffer.sample(args.batch_size, rng)
-            noise = torch.from_numpy(rng.standard_normal(batch[1].shape, dtype=np.float32))
-            update_actor = (global_step + 1) % args.policy_frequency == 0
-            losses = learn[update_actor](batch, noise.to(args.device))
+            noise = torch.from_numpy(rng.standard_normal(batch.action.shape, dtype=np.float32))
+            losses = learn_critics(batch, noise.to(args.device))
+            if (global_step + 1) % args.policy_frequency == 0:
+                losses = losses | learn_actor(batch)
             losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # fetched together
             run.check_finite(global_step, **losses)
-            if done:
+            if (global_step + 1) % 100 == 0:
                 run.log(global_step, "losses", losses)
         global_step += 1
         run.env_steps += 1

@@ -53,7 +53,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sac_hyper
 import td3_hyper
-from hypernet import CRITICS
 from td3_hyper import act, make_env, q_value, stop
 
 # In place of a run's own arguments, whatever it was trained on
@@ -305,7 +304,7 @@ def plot(env_id: str, table: pd.DataFrame, file: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
     threshold, quarter, three_quarters, mean = axes.flat
     tau = np.linspace(0, 1, 101)
-    for critic in [name for name in CRITICS if name in set(table.critic)]:
+    for critic in [name for name in COLOURS if name in set(table.critic)]:
         runs = table[table.critic == critic]
         cs, style = runs.cosine_similarity, {"color": COLOURS[critic], "linewidth": 2}
         above = (cs.to_numpy()[:, None] > tau).mean(0)

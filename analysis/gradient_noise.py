@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import maml_hyper
-from hypernet import keep_freed_memory, tune
+from hypernet import tune
 from meta_envs import MetaVectorEnv, sample_goals
 
 KEY = ["env_id", "model", "seed", "iteration", "update"]
@@ -128,7 +128,7 @@ def main(args: Args) -> None:
     file = args.out / "gradient_noise.csv"
     rows = read_table(file, COLUMNS, {"exp_name": exp_name})
     measured = {tuple(row[name] for name in KEY) for row in rows}
-    keep_freed_memory()
+    maml_hyper.keep_freed_memory()
     for run, (_, run_args, run_dir) in sorted(runs.items()):
         tune(run_args.device, run_args.precision)
         task, chosen = None, chosen_iterations(run_dir, args.num_checkpoints)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 from unittest.mock import patch
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the scripts do
@@ -30,12 +30,13 @@ import maml_hyper
 import pearl_hyper
 import sac_hyper
 import td3_hyper
-from hypernet import CRITICS, CudaGraph, keep_freed_memory, tune
+from hypernet import CudaGraph, tune
 from meta_envs import MetaVectorEnv, sample_goals
 
 FWD_BACK, VEL = "HalfCheetahFwdBack-v0", "HalfCheetahVel-v0"
 HOPPER, CHEETAH = (11, 3), (20, 6)  # sizes of observation and action
 FULL_SIZE = (256, 512, 1024)  # widths of the primary networks
+CRITICS = get_args(get_type_hints(td3_hyper.Args)["critic"])
 SLOW_AND_MLP = ("sa-hyper", "as-hyper", "mlp-large", "resnet35", "mlp")
 Counts = tuple[int, ...]
 
@@ -77,30 +78,32 @@ def set_tf32(name: str) -> None:
 
 
 def make_updates(script, args) -> list[Callable[[], dict]]:
-    """Functions that make an update each; of TD3's two, one has the actor's part."""
+    """Functions that make an update each; of TD3's two, only one moves the actor."""
     torch.manual_seed(0)
     pearl = script is pearl_hyper
     shape = (args.meta_batch_size, args.batch_size) if pearl else (args.batch_size,)
     obs_dim, action_dim = CHEETAH if pearl else HOPPER
     agent = script.Agent(obs_dim, action_dim, args).to(args.device)
     randn = partial(torch.randn, device=args.device)
+    wrap = CudaGraph if args.cuda_graph else lambda function: function
     batch = (randn(*shape, obs_dim), randn(*shape, action_dim).tanh(), randn(shape))
     batch += (randn(*shape, obs_dim), torch.zeros(shape, device=args.device))
     noise = randn(*shape, action_dim)
     if pearl:
         optimizers = pearl_hyper.make_optimizers(agent, args)
         context = randn(shape[0], args.context_batch_size, obs_dim + action_dim + 1)
-        inputs = (pearl_hyper.Batch(*batch, context), randn(shape[0], args.latent_dim), noise)
-    else:
-        parts = {"critic": agent.critics.parameters(), "actor": agent.actor.parameters()}
-        if script is sac_hyper:
-            parts["alpha"], noise = [agent.log_alpha], randn(2, *shape, action_dim)
-        adam = partial(torch.optim.Adam, lr=1e-4, fused=True, capturable=args.cuda_graph)
-        optimizers, inputs = {name: adam(p) for name, p in parts.items()}, (batch, noise)
-    kinds = [{"update_actor": False}, {"update_actor": True}] if script is td3_hyper else [{}]
-    updates = [partial(script.update, agent, optimizers, args=args, **kind) for kind in kinds]
-    updates = [CudaGraph(update) for update in updates] if args.cuda_graph else updates
-    return [partial(update, *inputs) for update in updates]
+        batch, z_noise = pearl_hyper.Batch(*batch, context), randn(shape[0], args.latent_dim)
+        update = wrap(partial(pearl_hyper.update, agent, optimizers, args=args))
+        return [partial(update, batch, z_noise, noise)]
+    parts = {"critic": agent.critics.parameters(), "actor": agent.actor.parameters()}
+    parts |= {"alpha": [agent.log_alpha]} if script is sac_hyper else {}
+    adam = partial(torch.optim.Adam, lr=1e-4, fused=True, capturable=args.cuda_graph)
+    optimizers, batch = {name: adam(p) for name, p in parts.items()}, script.Batch(*batch)
+    critics = wrap(partial(script.update_critics, agent, optimizers, args=args))
+    actor = wrap(partial(script.update_actor_and_targets, agent, optimizers, args=args))
+    if script is sac_hyper:
+        return [lambda: critics(batch, noise) | actor(batch, noise)]
+    return [lambda: critics(batch, noise), lambda: critics(batch, noise) | actor(batch)]
 
 
 def print_updates(script, rows: list[dict], rounds: int, device: str, title: str, **sizes) -> None:
@@ -190,7 +193,7 @@ def maml(
         maml_hyper.update(policy, maml_hyper.MetaBatch(pre, steps, post), args)
         return [*(seconds[phase] for phase in PHASES), time.perf_counter() - start]
 
-    keep_freed_memory()
+    maml_hyper.keep_freed_memory()
     title = f"Seconds of an iteration of maml_hyper.py, {FWD_BACK}, {num_goals} goals"
     print_head(rounds, device, title, "model", *PHASES, "whole")
     functions = {phase: partial(timed, phase, getattr(maml_hyper, phase)) for phase in PHASES}

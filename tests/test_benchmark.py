@@ -13,9 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, Finished
+from helpers import CRITICS, ENVIRONMENT, ROOT, Finished
 
-from hypernet import CRITICS
 from meta_envs import FAMILIES
 
 ENV = ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAML, PEARL, ROOT, assert_equal, assert_same_run, small
+from helpers import MAML, PEARL, ROOT, assert_equal, assert_same_run, small
 
 import pearl_hyper
 import sac_hyper
@@ -22,17 +22,24 @@ def prepare(script, **options):
     torch.manual_seed(1)
     agent = script.Agent(OBS, ACTION, args).cuda()
     parts = {"critic": agent.critics.parameters(), "actor": agent.actor.parameters()}
-    noise_shape = (B, ACTION)
     if script is sac_hyper:
-        parts["alpha"], noise_shape = [agent.log_alpha], (2, B, ACTION)
+        parts["alpha"] = [agent.log_alpha]
     adam = {n: torch.optim.Adam(p, 1e-4, fused=True, capturable=True) for n, p in parts.items()}
     batches = []
     for _ in range(12):
         obs, next_obs = torch.randn(2, B, OBS, device="cuda")
         action = torch.rand(B, ACTION, device="cuda") * 2 - 1
-        batch = (obs, action, obs[:, 0].clone(), next_obs, torch.zeros(B, device="cuda"))
-        batches.append((batch, torch.randn(noise_shape, device="cuda")))
+        terminated = torch.zeros(B, device="cuda")
+        batch = script.Batch(obs, action, obs[:, 0].clone(), next_obs, terminated)
+        batches.append((batch, torch.randn(B, ACTION, device="cuda")))
     return args, agent, adam, batches
+
+
+def updates_of(script, args, agent, adam) -> list:
+    """Functions of batch and noise; TD3's actor needs no noise."""
+    critics = partial(script.update_critics, agent, adam, args=args)
+    actor = partial(script.update_actor_and_targets, agent, adam, args=args)
+    return [critics, actor if script is sac_hyper else lambda batch, noise: actor(batch)]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -42,11 +49,10 @@ def test_a_cuda_graph_makes_the_same_updates_bit_for_bit(script, critic, precisi
     results = []
     for wrap in (lambda function: function, CudaGraph):
         args, agent, adam, batches = prepare(script, critic=critic, precision=precision)
-        kinds = [{"update_actor": False}, {"update_actor": True}] if script is td3_hyper else [{}]
-        learn = [wrap(partial(script.update, agent, adam, args=args, **kind)) for kind in kinds]
+        learn = [wrap(function) for function in updates_of(script, args, agent, adam)]
         losses = [
-            {name: loss.item() for name, loss in learn[i % len(learn)](*batch).items()}
-            for i, batch in enumerate(batches)
+            {name: loss.item() for function in learn for name, loss in function(*batch).items()}
+            for batch in batches
         ]
         results.append((losses, agent.state_dict()))
     assert_equal(results[0][0], results[1][0])
@@ -58,8 +64,7 @@ def test_an_update_does_not_wait_for_the_gpu():
     updates = []
     for script in (td3_hyper, sac_hyper):
         args, agent, adam, batches = prepare(script)
-        rest = (True,) if script is td3_hyper else ()
-        updates.append((script, (agent, adam, *batches[0], args, *rest)))
+        updates += [partial(f, *batches[0]) for f in updates_of(script, args, agent, adam)]
     args = pearl_hyper.Args(device="cuda", meta_batch_size=4)
     agent = pearl_hyper.Agent(20, 6, args).cuda()
     batch, noise = prepare(td3_hyper)[3][0]
@@ -68,12 +73,12 @@ def test_an_update_does_not_wait_for_the_gpu():
     batch = pearl_hyper.Batch(*tasks, torch.randn(4, B, 27, device="cuda"))
     z_noise, noise = torch.randn(4, 5, device="cuda"), torch.randn(4, B, 6, device="cuda")
     adam = pearl_hyper.make_optimizers(agent, args)
-    updates.append((pearl_hyper, (agent, adam, batch, z_noise, noise, args)))
-    for script, inputs in updates:
-        script.update(*inputs)  # the first one sets up the optimizers' state
+    updates.append(partial(pearl_hyper.update, agent, adam, batch, z_noise, noise, args))
+    for update in updates:
+        update()  # the first one sets up the optimizers' state
         torch.cuda.set_sync_debug_mode("error")
         try:
-            losses = script.update(*inputs)
+            losses = update()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.stack([*losses.values()]).isfinite().all()

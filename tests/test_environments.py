@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused
+from helpers import CRITICS, ROOT, assert_refused
 
 import td3_hyper
-from hypernet import CRITICS
 
 ENVIRONMENTS = [["Hopper-v4"], ["Hopper-v5"], ["Walker2d-v4"], ["HalfCheetah-v4"]]
 ENVIRONMENTS += [["Ant-v4", "ctrl_cost_weight", "0.005"]]

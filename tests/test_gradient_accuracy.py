@@ -1,25 +1,20 @@
 """Gradient accuracy (Fig. 3): the estimator on a linear-quadratic regulator, and the script."""
 
 import json
-import sys
 from pathlib import Path
 
+import gradient_accuracy as ga
 import mujoco
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_refused, files
+from helpers import CRITICS, ROOT, assert_refused, files
 from scipy.linalg import solve_discrete_lyapunov
-
-sys.path.insert(0, str(ROOT / "analysis"))
-
-import gradient_accuracy as ga
 
 import maml_hyper
 import sac_hyper
 import td3_hyper
-from hypernet import CRITICS
 
 SCRIPT = ROOT / "analysis" / "gradient_accuracy.py"
 SMALL = ["--num-states", 2, "--num-actions", 6, "--out"]

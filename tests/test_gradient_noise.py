@@ -1,20 +1,18 @@
 """analysis/gradient_noise.py (Fig. 5) on small runs of maml_hyper.py."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_refused
+from helpers import ROOT, assert_refused
 
 import maml_hyper
 import td3_hyper
 from meta_envs import MetaVectorEnv, sample_goals
 
-sys.path.insert(0, str(ROOT / "analysis"))
 SCRIPT = ROOT / "analysis" / "gradient_noise.py"
 FAMILY = Path("runs/maml_hyper/HalfCheetahFwdBack-v0")
 SMALL = {"primary_widths": (4, 8), "dynamic_width": 8, "horizon": 8, "episodes_per_goal": 2}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 # Random actions return about -270, none at all -150, a good controller -0.5.
 SOLVED = -10

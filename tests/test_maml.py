@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import reference_maml
 import torch
-from conftest import cosine
+from helpers import cosine
 from torch.nn.utils import parameters_to_vector
 
 import maml_hyper

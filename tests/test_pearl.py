@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference_pearl
 import torch
-from conftest import (
+from helpers import (
     PEARL,
     ROOT,
     assert_close_in_bfloat16,

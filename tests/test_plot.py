@@ -8,7 +8,7 @@ import matplotlib.figure
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, assert_refused, files
+from helpers import ROOT, assert_refused, files
 
 SCRIPT = ROOT / "analysis" / "plot.py"
 # Mean returns at steps 0, 10 and 20 of seeds 1 and 2.

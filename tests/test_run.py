@@ -16,11 +16,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import MAML, PEARL, assert_refused, assert_same_run, files, scalars, small, start
+from helpers import MAML, PEARL, ROOT, assert_refused, assert_same_run, files, scalars, small, start
 
 from meta_envs import FAMILIES
 
-ROOT = Path(__file__).parents[1]
 SCRIPT, KILLER = ROOT / "td3_hyper.py", ROOT / "tests" / "kill_in_checkpoint.py"
 RUN_DIR = Path("runs/td3_hyper/InvertedPendulum-v4/mlp-small/seed1")
 
@@ -115,8 +114,10 @@ def test_run_directory_holds_what_the_readme_says(run_main):
     values = scalars(RUN_DIR)
     assert values.keys() == {
         *("eval/return", "eval/length", "charts/SPS", "charts/episodic_return"),
-        *("charts/episodic_length", "losses/critic_loss", "losses/actor_loss"),
+        *("charts/episodic_length", "losses/critic_loss", "losses/actor_loss", "losses/q_value"),
     }
+    for name in ("critic_loss", "actor_loss", "q_value"):  # every 100 updates
+        assert [step for step, _ in values[f"losses/{name}"]] == [199, 299, 399]
     assert [step for step, _ in values["eval/return"]] == [0, 200, 400, 450]
     assert values["eval/return"][-1][1] == pytest.approx(summary["eval_return"], rel=1e-6)
     state = torch.load(RUN_DIR / "checkpoint.pt", weights_only=True)

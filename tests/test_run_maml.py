@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import MAML, ROOT, assert_equal, assert_refused, scalars
+from helpers import MAML, ROOT, assert_equal, assert_refused, scalars
 
 from meta_envs import FAMILIES
 

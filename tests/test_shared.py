@@ -1,10 +1,9 @@
 """What several scripts need stands in each of them, word for word, in the same order."""
 
 import ast
-import difflib
 
 import pytest
-from conftest import ROOT
+from helpers import CRITICS, ROOT
 
 SCRIPTS = ["td3_hyper.py", "sac_hyper.py", "maml_hyper.py", "pearl_hyper.py"]
 BANNER = "# The method ends here. What follows is the same in all four scripts, to the letter"
@@ -22,18 +21,16 @@ def test_below_the_banner_all_scripts_are_the_same(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_is_the_method_first_and_then_the_machinery(script):
-    """The order of the files' parts, and the line by which a reader meets the first network."""
-    text = source(script)
-    names = [getattr(node, "name", "") for node in ast.parse(text).body]
-    shared = ["stop", "check_args", "write", "Run"]
-    assert [name for name in names if name][-5:] == ["train", *shared]
-    assert names.index("Args") < names.index("Policy" if "Policy" in names else "Actor")
-    assert text.index('os.environ.setdefault("GOMP_SPINCOUNT", "3000")') < text.index(
-        "import torch"
-    )
-    first_network = text[: text.index("(nn.Module):")].count("\n") + 1
-    assert first_network < (120 if script in SCRIPTS[:2] else 150)
+def test_the_spin_count_is_set_before_torch_is_imported(script):
+    lines = source(script).splitlines()
+    spin_count = [line.startswith('os.environ.setdefault("GOMP_SPINCOUNT"') for line in lines]
+    assert spin_count.index(True) < lines.index("import torch")
+
+
+def test_the_choices_of_critic_are_the_cases_of_make_critic():
+    nodes = ast.walk(ast.parse(source("hypernet.py")))
+    cases = [node.value.value for node in nodes if isinstance(node, ast.MatchValue)]
+    assert cases == list(CRITICS)
 
 
 def top_level(script: str) -> dict[str, str]:
@@ -48,16 +45,11 @@ def top_level(script: str) -> dict[str, str]:
 
 def test_td3_and_sac_differ_in_the_algorithm_alone():
     td3, sac = top_level("td3_hyper.py"), top_level("sac_hyper.py")
-    algorithm = {"Args", "Actor", "Agent", "critic_loss", "actor_loss", "update", "train"}
+    algorithm = {"Args", "Actor", "Agent", "critic_loss", "actor_loss", "train"}
+    algorithm |= {"update_actor_and_targets"}
     for name in (td3.keys() & sac.keys()) - algorithm:
         assert td3[name] == sac[name], name
     assert td3.keys() ^ sac.keys() == {"explore", "alpha_loss"}
-    changed = difflib.ndiff(td3["train"].splitlines(), sac["train"].splitlines())
-    changed = [line for line in changed if line[0] in "+-"]
-    assert len(changed) <= 21, "\n".join(changed)
-    words = "alpha", "# Act", "# Learn", "epsilon", "action", "noise", "update_actor", "learn"
-    for line in changed:
-        assert any(word in line for word in words), line
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,16 +1,10 @@
 """analysis/speed.py: every table is printed."""
 
-import sys
-from pathlib import Path
-
 import pytest
-from conftest import assert_refused
+import speed
+from helpers import ROOT, assert_refused
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "analysis" / "speed.py"
-sys.path.append(str(ROOT / "analysis"))
-
-import speed  # noqa: E402
 
 TINY = ["--rounds", 1, "--primary-widths", 4, 8]
 

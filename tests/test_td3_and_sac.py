@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import reference_td3_sac
 import torch
-from conftest import assert_close_in_bfloat16, assert_same_weights, graph_of
+from helpers import CRITICS, assert_close_in_bfloat16, assert_same_weights, graph_of
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 import sac_hyper as sac
 import td3_hyper as td3
-from hypernet import CRITICS
 
 SCRIPTS = pytest.mark.parametrize("script", [td3, sac], ids=["td3", "sac"])
 RATES = {"critic": 0.03, "actor": 0.03, "alpha": 0.03}
@@ -65,7 +64,9 @@ def test_updates_are_those_of_the_paper(script, options, critic):
     reference = reference_td3_sac.td3 if script is td3 else reference_td3_sac.sac
     expected = reference(agent, batches, RATES, args)
     for i, (batch, (target_noise, actor_noise)) in enumerate(batches):
-        script.update_critics(agent, optimizers, batch, target_noise, args)
+        q_value = agent.critics[0](batch.obs, batch.action).mean()
+        losses = script.update_critics(agent, optimizers, batch, target_noise, args)
+        assert losses["q_value"].item() == pytest.approx(q_value.item(), rel=1e-5)
         if script is sac:
             sac.update_actor_and_targets(agent, optimizers, batch, actor_noise, args)
         elif (i + 1) % args.policy_frequency == 0:

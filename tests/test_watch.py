@@ -11,12 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import MAML, PEARL, ROOT, assert_refused
+from helpers import MAML, PEARL, ROOT, assert_refused
 
 import pearl_hyper
 
 SCRIPT = ROOT / "analysis" / "watch.py"
-sys.path.append(str(ROOT / "analysis"))
 PLAIN = ["--env-id", "Hopper-v4", "--env-kwargs", "max_episode_steps", 12, "--learning-starts", 20]
 PLAIN += ["--primary-widths", 4, 8, "--dynamic-width", 4, "--batch-size", 4, "--save-every", 20]
 PLAIN += ["--total-timesteps", 40, "--eval-every", 20, "--eval-episodes", 2]
