@@ -136,7 +136,7 @@ def test_critics_weights_come_from_the_state_and_those_of_a_tasks_policy_from_z(
     pearl.update(agent, pearl.make_optimizers(agent, args), batch, z_noise, noise, args)
     assert len(q) == 2 and len(v) == 1 and all(torch.equal(x, batch.obs) for x in q + v)
     assert [x.shape for x in policy] == [(T, 5)]  # not T * N rows
-    assert (agent.q[0].net.hidden.shape[0], agent.v.net.hidden.shape[0]) == (ACTION + 5, 5)
+    assert (agent.q[0].net.hidden.fan_in, agent.v.net.hidden.fan_in) == (ACTION + 5, 5)
 
 
 @MODELS
