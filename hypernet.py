@@ -75,10 +75,7 @@ class Head(nn.Module):
 
 
 class HyperNetwork(nn.Module):
-    """Primary network, heads, and a dynamic network with one hidden layer (Sec. 2, Eq. 1).
-
-    `init` says how the dynamic weights start; see `init_heads`.
-    """
+    """Primary network, heads, and a dynamic network with one hidden layer (Sec. 2, Eq. 1)."""
 
     def __init__(
         self,
@@ -87,7 +84,7 @@ class HyperNetwork(nn.Module):
         out_dim: int,
         dynamic_width: int = 256,
         primary_widths: tuple[int, ...] = (256, 512, 1024),
-        init: str = "released",
+        init: str = "released",  # how the dynamic weights start, see init_heads
     ):
         super().__init__()
         self.primary = make_primary(meta_dim, primary_widths)
@@ -96,35 +93,30 @@ class HyperNetwork(nn.Module):
         init_heads(self, init)
 
     def generate(self, meta: Tensor) -> Weights:
-        """w(meta): the weights of the dynamic network for each row of meta (..., meta_dim)."""
+        """w(meta), the weights of a dynamic network for each meta variable (..., meta_dim)."""
         latent = self.primary(meta)
         return self.hidden(latent), self.output(latent)
 
     @staticmethod
     def dynamic(weights: Weights, base: Tensor) -> Tensor:
-        """Eq. 1, x' = relu((1 + g) * (x W) + b), without the relu in the output layer.
+        """Eq. 1 for N samples that share weights: base (..., N, base_dim) -> (..., N, out_dim).
 
-        weights of meta (..., meta_dim), base (..., N, base_dim) -> (..., N, out_dim): N samples
-        share their weights. For many of them, it is cheaper to multiply W by 1 + g than x W.
+        The paper's (1 + g) * (x W) is computed as x ((1 + g) * W), faster if many samples share W.
         """
         (W1, b1, g1), (W2, b2, g2) = weights
         h = F.relu(base @ ((1 + g1) * W1) + b1)
         return h @ ((1 + g2) * W2) + b2
 
     def forward(self, meta: Tensor, base: Tensor) -> Tensor:
-        """f_{w(meta)}(base), each sample with weights of its own.
-
-        meta (..., meta_dim), base (..., base_dim) -> (..., out_dim)
-        """
-        weights = self.generate(meta)
-        return self.dynamic(weights, base.unsqueeze(-2)).squeeze(-2)  # N = 1
+        """f_{w(meta)}(base): (..., meta_dim), (..., base_dim) -> (..., out_dim)"""
+        weights = self.generate(meta)  # of each sample, so that N = 1
+        return self.dynamic(weights, base.unsqueeze(-2)).squeeze(-2)
 
 
 def init_heads(net: HyperNetwork, init: str) -> None:
     """Draws the heads' weights, so that the dynamic weights start in one of three ways.
 
-    - "released": the authors' constants, ±0.05 for the hidden layer's head and ±0.008 for the
-      output layer's.
+    - "released": uniform in ±0.05 (hidden layer) and ±0.008 (output layer), the authors' constants.
     - "paper": W has the std of Kaiming-uniform, sqrt(2 / fan_in) (Sec. 5.2), if the meta variable
       is standard normal. The heads of b and g have a tenth of the bound of W's.
     - "bias": each head outputs its own bias alone, so that every meta variable starts with the same
@@ -155,11 +147,9 @@ def init_heads(net: HyperNetwork, init: str) -> None:
 class HyperCritic(nn.Module):
     """SA-Hyper, Q(s, a) = f_{w(s)}(a), or AS-Hyper, Q(s, a) = f_{w(a)}(s) (Sec. 3)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, meta: str, **hyper):
+    def __init__(self, hyper: HyperNetwork, state_is_meta: bool):
         super().__init__()
-        self.state_is_meta = meta == "obs"
-        meta_dim, base_dim = (obs_dim, action_dim) if self.state_is_meta else (action_dim, obs_dim)
-        self.hyper = HyperNetwork(meta_dim, base_dim, out_dim=1, **hyper)
+        self.hyper, self.state_is_meta = hyper, state_is_meta
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         meta, base = (obs, action) if self.state_is_meta else (action, obs)
@@ -202,10 +192,9 @@ class D2RL(nn.Module):
 
 
 class ResNetFeaturesCritic(nn.Module):
-    """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1.
+    """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1 (footnote 4).
 
-    The paper describes it twice: Sec. 5.2 puts MLP-Standard, two hidden layers, on the features,
-    footnote 4 one of 256. This is the footnote's, with which the paper explains the result.
+    Sec. 5.2 has two hidden layers, but it is the footnote's one that explains the paper's result.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, primary_widths: tuple[int, ...]):
@@ -225,10 +214,7 @@ def make_critic(
     primary_widths: tuple[int, ...] = (256, 512, 1024),
     init: str = "released",
 ) -> nn.Module:
-    """One Q-network of Sec. 5.2: obs (..., obs_dim), action (..., action_dim) -> (...).
-
-    The last three arguments are those of `HyperNetwork`.
-    """
+    """One Q-network of Sec. 5.2: obs (..., obs_dim), action (..., action_dim) -> (...)."""
     dim = obs_dim + action_dim
     hyper = dict(primary_widths=primary_widths, dynamic_width=dynamic_width, init=init)
     match name:
@@ -247,9 +233,9 @@ def make_critic(
         case "d2rl":
             return ConcatCritic(D2RL(dim))
         case "as-hyper":
-            return HyperCritic(obs_dim, action_dim, meta="action", **hyper)
+            return HyperCritic(HyperNetwork(action_dim, obs_dim, 1, **hyper), state_is_meta=False)
         case "sa-hyper":  # the method
-            return HyperCritic(obs_dim, action_dim, meta="obs", **hyper)
+            return HyperCritic(HyperNetwork(obs_dim, action_dim, 1, **hyper), state_is_meta=True)
     raise ValueError(f"unknown critic {name!r}")
 
 

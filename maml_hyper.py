@@ -57,7 +57,7 @@ class Args:
     dynamic_width: int = 256
     """hidden units of the dynamic network, for hyper (paper, Sec. 2)"""
     hyper_init: Literal["released", "paper", "bias"] = "released"
-    """how the dynamic weights start, see HyperNetwork (measured: results/)"""
+    """how the dynamic weights start, see init_heads in hypernet.py (measured: results/)"""
     num_train_goals: int = 100
     """tasks to train on, drawn once from the seed (released)"""
     num_test_goals: int = 20
@@ -145,8 +145,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.precision = args.model, args.precision
         if self.model == "hyper":
-            hyper = (args.dynamic_width, args.primary_widths, args.hyper_init)
-            self.net = HyperNetwork(1, obs_dim, action_dim, *hyper)
+            widths = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
+            self.net = HyperNetwork(1, obs_dim, action_dim, init=args.hyper_init, **widths)
         else:
             widths = (obs_dim + (self.model == "context"), 100, 100, action_dim)
             layers = [nn.Linear(*dims) for dims in zip(widths, widths[1:])]
@@ -184,53 +184,52 @@ class Policy(nn.Module):
         return Gaussian(self.dynamic(generated, obs), log_std)
 
 
-# A hypernetwork has millions of weights, too many to copy for each task. But its layers see one
-# context of each task, so that an inner step on their weights is an outer product, of which two
-# vectors are kept (`RankOneStep`). Layers that see many states are small and keep the whole change
-# θ_i - θ (`WeightStep`). Each layer adds to its output what the steps contribute (`adapted`).
+# An inner step (Eq. 15) of a hypernetwork, without a copy of its millions of weights for each task.
+# A layer y = W x + b that sees one context x_k of a task has the gradients ∂L/∂W = δ x_kᵀ and
+# ∂L/∂b = δ, with δ = ∂L/∂y. After a step of η, its output at x is therefore
+#     (W - η δ x_kᵀ) x + (b - η δ) = y - η δ (x_k · x + 1),
+# for which x_k and -η δ are enough (`RankOneUpdate`). Layers that see the N states of a task are
+# small, and keep the change of W and b (`FullUpdate`). Both are compared with a copy of the whole
+# policy in test_adapted_layers_act_as_a_copy_of_all_parameters_a_task_would, tests/test_maml.py.
 
 
-class WeightStep(NamedTuple):
-    """The inner step of a layer that sees N states of each task: the change of its weights."""
+class FullUpdate(NamedTuple):
+    """What an inner step changes in a layer that sees N states of each of T tasks."""
 
-    W: Tensor  # (T, in, out)
-    b: Tensor  # (T, 1, out)
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adds x W + b to the layer's output y (T, N, out) at x (T, N, in)."""
-        return y + x @ self.W + self.b
-
-
-class RankOneStep(NamedTuple):
-    """The inner step of a layer that sees one context of each task, as a hypernetwork's layers do.
-
-    The gradient of its weights is the outer product of its input x_k in inner step k and of δ, the
-    gradient of its output, so that x_k and -η δ are enough.
-    """
-
-    x: Tensor  # (T, in), x_k
-    y_step: Tensor  # (T, out), -η δ
+    dW: Tensor  # (T, in, out)
+    db: Tensor  # (T, 1, out)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adds -η δ (x_k · x + 1) to the output y (T, out) at x (T, in); the 1 is the bias's."""
-        return y + ((x * self.x).sum(-1, keepdim=True) + 1) * self.y_step
+        """The output (T, N, out) at x (T, N, in) after the step, y before it."""
+        return y + x @ self.dW + self.db
 
 
-Step = dict[nn.Linear, WeightStep | RankOneStep]
+class RankOneUpdate(NamedTuple):
+    """What an inner step changes in a layer that sees one context of each of T tasks."""
+
+    x_k: Tensor  # (T, in), what it saw in that step
+    dy: Tensor  # (T, out), -η δ
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output (T, out) at x (T, in) after the step, y before it."""
+        return y + ((x * self.x_k).sum(-1, keepdim=True) + 1) * self.dy
+
+
+InnerStep = dict[nn.Linear, FullUpdate | RankOneUpdate]  # of every layer
 
 
 @contextlib.contextmanager
-def adapted(policy: Policy, steps: list[Step]) -> Iterator[dict[nn.Linear, tuple[Tensor, Tensor]]]:
-    """Inside, each layer's output for task i is as if its weights were θ_i.
+def adapted(policy: Policy, inner_steps: list[InnerStep]) -> Iterator[dict[nn.Linear, tuple]]:
+    """Inside, each layer's output for task i is as if its weights were θ_i; θ stays as it is.
 
-    θ itself stays as it is. Yields the last input and output (x, y) of each layer.
+    Yields the last input and output (x, y) of each layer.
     """
     seen = {}
 
     def add_steps(layer: nn.Linear, inputs: tuple[Tensor], y: Tensor) -> Tensor:
         (x,) = inputs
         y = y.to(x.dtype)  # float32, where autocast made it bfloat16
-        for step in steps:
+        for step in inner_steps:
             y = step[layer](x, y)
         if torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_()  # for δ, where θ itself is a constant
@@ -257,24 +256,24 @@ class Batch(NamedTuple):
 
 
 def inner_step(
-    policy: Policy, parameters: dict[str, Tensor], steps: list[Step], batch: Batch, args: Args
-) -> Step:
-    """-η ∇L_i with L_i = -mean Â log π_{θ_i}(a|s) of each task, as a function of the parameters θ.
+    policy: Policy, theta: dict, steps: list[InnerStep], batch: Batch, lr: float, second_order: bool
+) -> InnerStep:
+    """-η ∇L_i of each task with L_i = -mean Â log π_{θ_i}(a|s), where θ_i is θ after `steps`.
 
     Eq. 15 with the mean over a task's samples in place of the sum over each episode (released).
+    With `second_order`, its own gradient with respect to θ can be taken.
     """
     with adapted(policy, steps) as seen, torch.enable_grad():
-        gaussian = functional_call(policy, parameters, (batch.context, batch.obs))
+        gaussian = functional_call(policy, theta, (batch.context, batch.obs))
         loss = -(batch.sample_weight * batch.advantage * gaussian.log_prob(batch.action)).sum()
-    second_order = any(parameter.requires_grad for parameter in parameters.values())
     deltas = torch.autograd.grad(loss, [y for _, y in seen.values()], create_graph=second_order)
     step = {}
     for (layer, (x, _)), delta in zip(seen.items(), deltas):
-        y_step = -args.inner_lr * delta
+        dy = -lr * delta
         if x.dim() == 2:
-            step[layer] = RankOneStep(x, y_step)
+            step[layer] = RankOneUpdate(x, dy)
         else:
-            step[layer] = WeightStep(x.mT @ y_step, y_step.sum(1, keepdim=True))
+            step[layer] = FullUpdate(x.mT @ dy, dy.sum(1, keepdim=True))
     return step
 
 
@@ -282,7 +281,7 @@ class MetaBatch(NamedTuple):
     """What the update learns from: samples before each inner step and after the last."""
 
     pre: list[Batch]
-    steps: list[Step]
+    inner_steps: list[InnerStep]
     post: Batch
 
 
@@ -303,15 +302,20 @@ def by_name(policy: Policy, theta: Tensor) -> dict[str, Tensor]:
     return {n: piece.view_as(p) for (n, p), piece in zip(policy.named_parameters(), pieces)}
 
 
-def adapted_outputs(policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args) -> Gaussian:
+def adapted_outputs(
+    policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args, second_order: bool = True
+) -> Gaussian:
     """The adapted policies π_{θ_i} at the states of `chunk.post`, as a function of θ."""
-    parameters, steps = by_name(policy, theta), chunk.steps
-    if not args.first_order:  # else the steps are constants
-        steps = []  # once more, from θ, so that the gradient flows through them
+    theta = by_name(policy, theta)
+    if args.first_order:
+        inner_steps = chunk.inner_steps  # constants
+    else:
+        inner_steps = []  # taken again from θ, so that the gradient flows through them
         for batch in chunk.pre:
-            steps.append(inner_step(policy, parameters, steps, batch, args))
-    with adapted(policy, steps):
-        return functional_call(policy, parameters, (chunk.post.context, chunk.post.obs))
+            step = inner_step(policy, theta, inner_steps, batch, args.inner_lr, second_order)
+            inner_steps.append(step)
+    with adapted(policy, inner_steps):
+        return functional_call(policy, theta, (chunk.post.context, chunk.post.obs))
 
 
 def surrogate_and_kl(new: Gaussian, old: Gaussian, post: Batch, args: Args) -> Tensor:
@@ -341,8 +345,8 @@ def fisher_product(
     """The Hessian of the chunk's KL at θ times a vector, exactly: Jᵀ F J v.
 
     J is the Jacobian of the adapted policies' outputs, F the Fisher metric of a Gaussian, 1/σ² for
-    its mean and 2 for its log_std. J v is computed in forward mode, multiplied by F, and then by Jᵀ
-    in reverse mode.
+    its mean and 2 for its log_std. J v is computed in forward mode (one pass, where double backward
+    has three), and multiplied by Jᵀ in a backward pass.
     """
     leaf = theta.detach().requires_grad_()
     with fwAD.dual_level():
@@ -373,9 +377,9 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 @torch.no_grad()
 def line_search(
-    policy: Policy, step: Tensor, chunks: list[MetaBatch], old: list[Gaussian], args: Args
+    policy: Policy, full_step: Tensor, chunks: list[MetaBatch], old: list[Gaussian], args: Args
 ) -> dict[str, float]:
-    """Moves θ by the largest 0.8^k step with a better surrogate and a KL within bounds, if any."""
+    """Moves θ by the largest 0.8^k full_step with a better surrogate and a small KL, if any."""
     theta = parameters_to_vector(policy.parameters())
 
     def measure(new: Iterable[Gaussian]) -> list[float]:
@@ -384,8 +388,9 @@ def line_search(
 
     before, _ = measure(old)
     for k in range(args.line_search_steps):
-        candidate = theta + 0.8**k * step
-        surrogate, kl = measure(adapted_outputs(policy, candidate, c, args) for c in chunks)
+        candidate = theta + 0.8**k * full_step
+        new = (adapted_outputs(policy, candidate, c, args, second_order=False) for c in chunks)
+        surrogate, kl = measure(new)
         if surrogate > before and kl <= args.max_kl:
             vector_to_parameters(candidate, policy.parameters())
             return {"surrogate": surrogate - before, "kl": kl, "step_size": 0.8**k}
@@ -423,42 +428,52 @@ class Rollout(NamedTuple):
     alive: np.ndarray  # (T, E, H), False after an episode's early end
 
 
-def make_batch(rollout: Rollout, args: Args) -> Batch:
-    """Generalised advantages over a linear baseline of each task, normalised over the task.
+def discounted_returns(reward: np.ndarray, gamma: float) -> np.ndarray:
+    """Σ_k γ^k r_{t+k} to the end of the episode: (T, E, H) -> (T, E, H)"""
+    returns = reward.copy()
+    for t in reversed(range(reward.shape[-1] - 1)):
+        returns[..., t] += gamma * returns[..., t + 1]
+    return returns
 
-    The baseline is fitted to the discounted returns by least squares on obs, obs², t, t², t³ and 1,
-    t in hundreds of steps, with a ridge of 1e-5 (released). Returns end at the horizon or
-    where an episode ends early.
-    """
-    context, obs, action, reward, alive = rollout
+
+def linear_baseline(obs: np.ndarray, alive: np.ndarray, returns: np.ndarray) -> np.ndarray:
+    """V(s, t) of each task: least squares fit of its returns on obs, obs², t, t², t³ and 1, with t
+    in hundreds of steps and a ridge of 1e-5 (released): (T, E, H)"""
     T, E, H = alive.shape
-    returns, advantage = reward.copy(), reward.copy()
-    for t in reversed(range(H - 1)):
-        returns[..., t] += args.gamma * returns[..., t + 1]
     x, clock = obs.astype(np.float64), np.broadcast_to(np.arange(H) / 100, alive.shape)
     features = [x, x**2, np.stack([clock, clock**2, clock**3, np.ones_like(clock)], -1)]
     X = (np.concatenate(features, -1) * alive[..., None]).reshape(T, E * H, -1)
     ridge = 1e-5 * np.eye(X.shape[-1])
     w = np.linalg.solve(X.mT @ X + ridge, X.mT @ returns.reshape(T, E * H, 1))
-    value = (X @ w).reshape(T, E, H)
-    advantage -= value
-    advantage[..., :-1] += args.gamma * value[..., 1:]  # r + γ V(s') - V(s)
-    for t in reversed(range(H - 1)):
-        advantage[..., t] += args.gamma * args.gae_lambda * advantage[..., t + 1]
+    return (X @ w).reshape(T, E, H)
+
+
+def advantages(reward: np.ndarray, value: np.ndarray, args: Args) -> np.ndarray:
+    """Generalised advantages Σ_k (γλ)^k δ_{t+k} of δ_t = r_t + γ V(s_{t+1}) - V(s_t): (T, E, H)"""
+    delta = reward - value
+    delta[..., :-1] += args.gamma * value[..., 1:]
+    return discounted_returns(delta, args.gamma * args.gae_lambda)
+
+
+def make_batch(rollout: Rollout, args: Args) -> Batch:
+    """The samples with their advantages, normalised over each task."""
+    context, obs, action, reward, alive = rollout
+    value = linear_baseline(obs, alive, discounted_returns(reward, args.gamma))
+    advantage = advantages(reward, value, args)
     weight = alive / alive.sum((1, 2), keepdims=True)
     advantage -= (weight * advantage).sum((1, 2), keepdims=True)
     variance = (weight * advantage**2).sum((1, 2), keepdims=True)
     advantage = alive * advantage / np.sqrt(variance + 1e-8)
     samples = (
-        torch.as_tensor(x.reshape(T, E * H, *x.shape[3:]), dtype=torch.float32, device=args.device)
+        torch.as_tensor(x.reshape(len(x), -1, *x.shape[3:]), dtype=torch.float32).to(args.device)
         for x in (obs, action, advantage, weight)
     )
     return Batch(context, *samples)
 
 
 @torch.no_grad()
-def sample(
-    policy: Policy, steps: list[Step], envs: MetaVectorEnv, rng: np.random.Generator, args: Args
+def collect_episodes(
+    policy: Policy, inner_steps: list, envs: MetaVectorEnv, rng: np.random.Generator, args: Args
 ) -> Rollout:
     """An episode in each slot of `envs` with the adapted policies."""
     T, E, H = len(envs.goals), envs.episodes_per_goal, args.horizon
@@ -470,7 +485,7 @@ def sample(
     context = torch.as_tensor(envs.goals[:, None], dtype=torch.float32, device=args.device)
     obs, _ = envs.reset(seed=int(rng.integers(2**31)))
     done = np.zeros(T * E, dtype=bool)
-    with adapted(policy, steps):
+    with adapted(policy, inner_steps):
         generated, log_std = policy.generate(context)
         for t in range(H):
             all_obs[t], alive[t] = obs.reshape(T, E, -1), ~done.reshape(T, E)
@@ -479,8 +494,9 @@ def sample(
             action = (mean + log_std.exp() * torch.from_numpy(noise).to(args.device)).cpu().numpy()
             if not np.isfinite(action).all():
                 goal = envs.goals[np.isfinite(action).all((1, 2)).argmin()]
-                hint = f" after {len(steps)} inner steps: lower --inner-lr {args.inner_lr:g}"
-                stop(f"the policy of goal {goal:g} is not finite{hint if steps else ''}", code=1)
+                hint = f" after {len(inner_steps)} inner steps: lower --inner-lr {args.inner_lr:g}"
+                hint = hint if inner_steps else ""
+                stop(f"the policy of goal {goal:g} is not finite{hint}", code=1)
             clipped = action.reshape(T * E, -1).clip(low, high)
             obs, reward, terminated, truncated, _ = envs.step(clipped)
             all_actions[t], rewards[t] = action, reward.reshape(T, E)
@@ -493,28 +509,28 @@ def sample(
 
 def adapt_and_sample(
     policy: Policy, envs: MetaVectorEnv, rng: np.random.Generator, args: Args
-) -> tuple[list[Rollout], list[Batch], list[Step]]:
+) -> tuple[list[Rollout], list[Batch], list[InnerStep]]:
     """Episodes of θ, an inner step on them, episodes of θ_i; and so on for more inner steps.
 
     Returns all episodes, what the inner steps learned from, and the inner steps.
     """
     theta = {name: parameter.detach() for name, parameter in policy.named_parameters()}
-    rollouts, batches, steps = [sample(policy, [], envs, rng, args)], [], []
+    rollouts, batches, inner_steps = [collect_episodes(policy, [], envs, rng, args)], [], []
     for _ in range(args.num_adapt_steps):
         batches.append(make_batch(rollouts[-1], args))
-        parts = [
-            inner_step(policy, theta, chunk.steps, chunk.post, args)
-            for chunk in split_tasks(MetaBatch([], steps, batches[-1]))
+        steps = [
+            inner_step(policy, theta, c.inner_steps, c.post, args.inner_lr, second_order=False)
+            for c in split_tasks(MetaBatch([], inner_steps, batches[-1]))
         ]
-        steps.append(tree_map(lambda *tasks: torch.cat(tasks).detach(), *parts))
-        rollouts.append(sample(policy, steps, envs, rng, args))
-    return rollouts, batches, steps
+        inner_steps.append(tree_map(lambda *tasks: torch.cat(tasks).detach(), *steps))
+        rollouts.append(collect_episodes(policy, inner_steps, envs, rng, args))
+    return rollouts, batches, inner_steps
 
 
 def mean_returns(rollouts: list[Rollout]) -> dict[str, np.ndarray]:
     """Mean return of each task (T,) before ("pre") and, if there is any, after adaptation."""
-    phases = {"pre": rollouts[0]} | ({"post": rollouts[-1]} if len(rollouts) > 1 else {})
-    return {phase: rollout.reward.sum(-1).mean(1) for phase, rollout in phases.items()}
+    returns = [rollout.reward.sum(-1).mean(1) for rollout in rollouts]
+    return {"pre": returns[0]} | ({"post": returns[-1]} if len(returns) > 1 else {})
 
 
 def evaluate(policy: Policy, envs: MetaVectorEnv, args: Args) -> dict[str, np.ndarray]:
@@ -524,10 +540,8 @@ def evaluate(policy: Policy, envs: MetaVectorEnv, args: Args) -> dict[str, np.nd
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory, for updates that need many megabytes again and again.
-
-    By default each large tensor goes back to the system and is paged in anew the next time, which
-    takes as long as the arithmetic (measured: results/speed.md).
+    """Lets glibc keep freed memory. By default each large tensor goes back to the system and is
+    paged in anew the next time, which takes as long as the arithmetic (measured: results/speed.md).
     """
     with contextlib.suppress(OSError, AttributeError):  # another libc
         libc = ctypes.CDLL("libc.so.6")
@@ -537,8 +551,7 @@ def keep_freed_memory() -> None:
 
 
 def train(args: Args) -> None:
-    columns = "iteration,env_steps,split,goal,phase,return"
-    run = Run(args, args.model, args.num_iterations, columns)
+    run = Run(args, args.model, args.num_iterations, "iteration,env_steps,split,goal,phase,return")
     keep_freed_memory()
     torch.manual_seed(args.seed)  # initial weights
     rng = np.random.default_rng(args.seed)  # goals, environments, actions
@@ -557,25 +570,25 @@ def train(args: Args) -> None:
 
         # Sample: episodes of each task with θ, an inner step (Eq. 15), episodes with θ_i
         envs.set_goals(rng.choice(train_goals, args.meta_batch_size, replace=False))
-        rollouts, pre, steps = adapt_and_sample(policy, envs, rng, args)
+        rollouts, pre, inner_steps = adapt_and_sample(policy, envs, rng, args)
         train_returns = mean_returns(rollouts)
 
         if iteration % args.eval_every == 0 or iteration == args.num_iterations:
             test_returns = evaluate(policy, test_envs, args)
             rows, means = [], {}
             results = ("train", envs.goals, train_returns), ("test", test_goals, test_returns)
-            for split, goals, phases in results:
-                for phase, returns in phases.items():
-                    of_goals = zip(goals, returns)
-                    rows += [(iteration, run.env_steps, split, g, phase, r) for g, r in of_goals]
-                    means[f"{split}_{phase}_return"] = returns.mean()
+            for split, goals, returns in results:
+                for phase, values in returns.items():
+                    for goal, value in zip(goals, values):
+                        rows.append((iteration, run.env_steps, split, goal, phase, value))
+                    means[f"{split}_{phase}_return"] = values.mean()
             run.evaluated(iteration, rows, means)
         run.save_networks(iteration, policy)
         if iteration == args.num_iterations:
             break
 
         # Learn: one TRPO step of θ on all tasks
-        losses = update(policy, MetaBatch(pre, steps, make_batch(rollouts[-1], args)), args)
+        losses = update(policy, MetaBatch(pre, inner_steps, make_batch(rollouts[-1], args)), args)
         run.check_finite(iteration, **losses)
         run.log(iteration, "losses", losses)
         run.log(iteration, "charts", {f"{p}_return": r.mean() for p, r in train_returns.items()})

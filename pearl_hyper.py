@@ -2,8 +2,7 @@
 
 An encoder turns transitions of a task, the context c, into a distribution of a latent z, q(z|c); a
 soft actor-critic learns Q(s, a, z), V(s, z) and π(a|s, z) off-policy. With `--model hyper` the
-state makes the critics' weights, Q = f_{w(s)}(a, z) and V = f_{w(s)}(z), the latent the policy's,
-π_{w(z)}(a|s): z is a base variable of the critics and the meta variable of the policy.
+state makes the weights of the critics, f_{w(s)}(a, z) and f_{w(s)}(z), and z those of the policy.
 
     python pearl_hyper.py --env-id HalfCheetahVelMedium-v0 --model hyper
 
@@ -52,7 +51,7 @@ class Args:
     dynamic_width: int = 256
     """hidden units of the dynamic networks, for hyper (paper, Sec. 2)"""
     hyper_init: Literal["released", "paper", "bias"] = "released"
-    """how the dynamic weights start, see HyperNetwork (measured: results/)"""
+    """how the dynamic weights start, see init_heads in hypernet.py (measured: results/)"""
     latent_dim: int = 5
     """dimensions of the learned z (released)"""
     kl_weight: float = 0.1
@@ -60,7 +59,7 @@ class Args:
     num_train_goals: int | None = None
     """tasks to train on, drawn once from the seed; None means the family's number (released)"""
     num_test_goals: int | None = None
-    """test tasks, drawn once, and as many train tasks, to evaluate on; None: family's (released)"""
+    """test tasks to evaluate on, beside as many of the train tasks; None: family's (released)"""
     num_initial_steps: int = 2000
     """environment steps in each train task, z from the prior, before any training (released)"""
     num_collect_goals: int = 5
@@ -124,9 +123,9 @@ class Args:
     """send the TensorBoard scalars to Weights & Biases too (needs: pip install wandb)"""
 
     def __post_init__(self):
-        defaults = dict(zip(FAMILY_ARGS, FAMILY_DEFAULTS.get(self.env_id, VELOCITY_DEFAULTS)))
-        defaults["critic_lr"] = 5e-5 if self.model == "hyper" else 3e-4
-        defaults["policy_lr"] = 1e-4 if self.model == "hyper" else 3e-4
+        hyper = self.model == "hyper"
+        rates = {"critic_lr": 5e-5 if hyper else 3e-4, "policy_lr": 1e-4 if hyper else 3e-4}
+        defaults = FAMILY_DEFAULTS.get(self.env_id, VELOCITY) | rates
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
@@ -135,13 +134,16 @@ class Args:
             raise ValueError("--cuda-graph needs --device cuda")
 
 
-# fmt: off
-FAMILY_ARGS = ("num_train_goals", "num_test_goals", "num_prior_steps", "num_posterior_steps",
-               "num_train_steps", "meta_batch_size", "context_batch_size", "eval_episodes")
-FAMILY_DEFAULTS = {"HalfCheetahFwdBack-v0": (2, 2, 1000, 1000, 2000, 4, 256, 4),
-                   "AntFwdBack-v0": (2, 2, 400, 600, 4000, 4, 256, 2)}
-VELOCITY_DEFAULTS = (100, 30, 400, 600, 2000, 16, 100, 1)  # of the other families (released)
-# fmt: on
+VELOCITY = dict(num_train_goals=100, num_test_goals=30, meta_batch_size=16, context_batch_size=100,
+                num_prior_steps=400, num_posterior_steps=600, num_train_steps=2000,
+                eval_episodes=1)  # fmt: skip
+FWD_BACK = dict(num_train_goals=2, num_test_goals=2, meta_batch_size=4, context_batch_size=256)
+FAMILY_DEFAULTS = {  # where they are not VELOCITY (released)
+    "HalfCheetahFwdBack-v0": FWD_BACK | dict(num_prior_steps=1000, num_posterior_steps=1000,
+                                             num_train_steps=2000, eval_episodes=4),
+    "AntFwdBack-v0": FWD_BACK | dict(num_prior_steps=400, num_posterior_steps=600,
+                                     num_train_steps=4000, eval_episodes=2),
+}  # fmt: skip
 
 
 class MLP(nn.Module):
@@ -182,8 +184,8 @@ class Critic(nn.Module):
         super().__init__()
         self.args = args
         if args.model == "hyper":
-            hyper = (args.dynamic_width, args.primary_widths, args.hyper_init)
-            self.net = HyperNetwork(obs_dim, base_dim, 1, *hyper)
+            widths = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
+            self.net = HyperNetwork(obs_dim, base_dim, 1, init=args.hyper_init, **widths)
         else:
             self.net = MLP(obs_dim + base_dim, 300, 300, 300, 1)
 
@@ -203,8 +205,9 @@ class Policy(nn.Module):
         super().__init__()
         self.args = args
         if args.model == "hyper":
-            hyper = (args.dynamic_width, args.primary_widths, args.hyper_init)
-            self.net = HyperNetwork(latent_dim, obs_dim, 2 * action_dim, *hyper)
+            hyper = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
+            hyper["init"] = args.hyper_init
+            self.net = HyperNetwork(latent_dim, obs_dim, out_dim=2 * action_dim, **hyper)
         else:
             self.net = MLP(obs_dim + latent_dim, 300, 300, 300, 2 * action_dim, output=1e-3)
 
@@ -283,21 +286,21 @@ def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Optimizer
 
 
 class Batch(NamedTuple):
-    """N transitions of each of T tasks, and what says which task it is."""
+    """N transitions of each of T tasks, and what z comes from."""
 
     obs: Tensor  # (T, N, obs)
     action: Tensor  # (T, N, action)
     reward: Tensor  # (T, N)
     next_obs: Tensor  # (T, N, obs)
     terminated: Tensor  # (T, N)
-    context: Tensor  # (T, M, obs + action + 1), or the goals (T, 1) with the oracle
+    z_input: Tensor  # the context (T, M, obs + action + 1), or with the oracle the goals (T, 1)
 
 
-def infer(agent: Agent, context: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def infer(agent: Agent, z_input: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """z ~ q(z|c) of `noise` (T, z), reparameterised, and the KL; goals and 0 with the oracle."""
     if agent.encoder is None:
-        return context, context.new_zeros(())
-    mean, variance = agent.encoder(context)
+        return z_input, z_input.new_zeros(())
+    mean, variance = agent.encoder(z_input)
     return mean + variance.sqrt() * noise, kl_from_prior(mean, variance)
 
 
@@ -313,11 +316,11 @@ def q_loss(agent: Agent, batch: Batch, z: Tensor, args: Args) -> Tensor:
     return sum(F.mse_loss(q(batch.obs, batch.action, z), target) for q in agent.q)
 
 
-def v_and_policy_loss(
+def policy_loss(
     agent: Agent, batch: Batch, z: Tensor, noise: Tensor, args: Args
 ) -> tuple[Tensor, Tensor]:
-    """mean (V(s, z) - y)² with y = min_i Q_i(s, a, z) - log π(a|s, z), and mean -y for a ~ π, with
-    the mean squares of the policy's mean and log_std. noise: (T, N, action)
+    """mean -y with y = min_i Q_i(s, a, z) - log π(a|s, z) and a ~ π of `noise` (T, N, action), plus
+    the mean squares of the policy's mean and log_std. Returns also y (T, N), detached.
 
     z is a constant here. Q is frozen during its forward pass, which is when autograd records what
     to differentiate, so that its primary networks cost no backward pass.
@@ -327,11 +330,17 @@ def v_and_policy_loss(
     u = mean + log_std.exp() * noise
     z = z.unsqueeze(1).expand(-1, obs.shape[1], -1)  # (T, N, z)
     agent.q.requires_grad_(False)
-    q_value = torch.min(*(q(obs, torch.tanh(u), z) for q in agent.q))
+    q1, q2 = (q(obs, torch.tanh(u), z) for q in agent.q)
     agent.q.requires_grad_(True)
-    y = q_value - log_prob(u, noise, log_std)
+    y = torch.min(q1, q2) - log_prob(u, noise, log_std)
     regularisation = mean.square().mean() + log_std.square().mean()
-    return F.mse_loss(agent.v(obs, z), y.detach()), args.policy_reg * regularisation - y.mean()
+    return args.policy_reg * regularisation - y.mean(), y.detach()
+
+
+def v_loss(agent: Agent, batch: Batch, z: Tensor, y: Tensor) -> Tensor:
+    """mean (V(s, z) - y)² with the y of `policy_loss`; z is a constant here."""
+    z = z.detach().unsqueeze(1).expand(-1, batch.obs.shape[1], -1)  # (T, N, z)
+    return F.mse_loss(agent.v(batch.obs, z), y)
 
 
 def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
@@ -350,15 +359,16 @@ def update(
 
     `z_noise` (T, z) and `noise` (T, N, action) are standard normal.
     """
-    z, kl = infer(agent, batch.context, z_noise)
+    z, kl = infer(agent, batch.z_input, z_noise)
     losses = {"kl": kl, "q_loss": q_loss(agent, batch, z, args)}
     names = ("q", "encoder") if agent.encoder else ("q",)
     descend(losses["q_loss"] + args.kl_weight * kl, *(optimizers[name] for name in names))
-    losses["v_loss"], losses["policy_loss"] = v_and_policy_loss(agent, batch, z, noise, args)
+    losses["policy_loss"], y = policy_loss(agent, batch, z, noise, args)
+    losses["v_loss"] = v_loss(agent, batch, z, y)
     # The two have no parameter in common, so that one backward pass of the sum does for both
     descend(losses["v_loss"] + losses["policy_loss"], optimizers["v"], optimizers["policy"])
-    with torch.no_grad():
-        torch._foreach_lerp_(agent.target, agent.online, args.tau)  # θ' <- θ' + τ (θ - θ')
+    move_towards = torch.optim.swa_utils.get_ema_multi_avg_fn(decay=1 - args.tau)
+    move_towards(agent.target, agent.online, None)  # θ' <- θ' + τ (θ - θ')
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -411,14 +421,14 @@ class Tasks(NamedTuple):
 
 
 def sample_batch(tasks: Tasks, rng: np.random.Generator, args: Args) -> Batch:
-    """Transitions of random train tasks, and a context from their latest collection."""
+    """Transitions of random train tasks, and a context from their latest collection, or goals."""
     chosen = rng.integers(args.num_train_goals, size=args.meta_batch_size)
     obs, action, reward, next_obs, terminated = tasks.buffer.sample(chosen, args.batch_size, rng)
     if args.context == "learned":
-        (context,) = tasks.encoder_buffer.sample(chosen, args.context_batch_size, rng)
+        (z_input,) = tasks.encoder_buffer.sample(chosen, args.context_batch_size, rng)
     else:
-        context = goal_tensor(tasks.goals[chosen], args)
-    return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1), context)
+        z_input = goal_tensor(tasks.goals[chosen], args)
+    return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1), z_input)
 
 
 def normal(rng: np.random.Generator, *shape: int, device: str) -> Tensor:
@@ -519,29 +529,32 @@ def evaluate(agent: Agent, envs: MetaVectorEnv, args: Args) -> dict[str, np.ndar
     """Mean return of each goal with z from the prior, and then from the posterior.
 
     {"pre": (T,), "post": (T,)}. The policy is deterministic. Two trajectories with z from the prior
-    gather the context, only the third is scored as "post"; the oracle has nothing to gather and no
-    "pre". The starts and the noise are always the same.
+    gather the context (released), only the third is scored as "post"; the oracle has nothing to
+    gather and no "pre". The starts and the noise are always the same.
     """
     rng = np.random.default_rng(args.seed + 100)
     goals = np.repeat(envs.goals, envs.episodes_per_goal)
     slots = np.ones(len(goals), dtype=bool)
     context_width = sum((*envs.single_observation_space.shape, *envs.single_action_space.shape, 1))
 
-    def returns(transitions: Tensor, alive: np.ndarray) -> np.ndarray:
+    def play(z: Tensor) -> tuple[Tensor, np.ndarray]:
+        return rollout(agent.policy, z, envs, slots, rng, deterministic=True)
+
+    def mean_returns(transitions: Tensor, alive: np.ndarray) -> np.ndarray:
         reward = transitions[..., context_width - 1].double().numpy()  # (T * E, H)
         return (reward * alive).sum(1).reshape(-1, envs.episodes_per_goal).mean(1)
 
-    results, contexts = {}, [None] * len(goals)
+    results, z = {}, sample_z(agent, goals, None, rng, args)
     if args.context == "learned":
-        pre = []
-        for _ in range(2):  # (released)
-            z = sample_z(agent, goals, None, rng, args)
-            pre.append(rollout(agent.policy, z, envs, slots, rng, deterministic=True))
-        results["pre"] = np.mean([returns(*trajectories) for trajectories in pre], 0)
-        rows, alive = torch.cat([x[0] for x in pre], 1), np.hstack([x[1] for x in pre])
-        contexts = [r[a, :context_width].to(args.device)[None] for r, a in zip(rows, alive)]
-    z = torch.cat([sample_z(agent, g[None], c, rng, args) for g, c in zip(goals, contexts)])
-    results["post"] = returns(*rollout(agent.policy, z, envs, slots, rng, deterministic=True))
+        rows1, alive1 = play(z)
+        rows2, alive2 = play(sample_z(agent, goals, None, rng, args))
+        results["pre"] = (mean_returns(rows1, alive1) + mean_returns(rows2, alive2)) / 2
+        z = []
+        for i in range(len(goals)):
+            context = torch.cat([rows1[i, alive1[i]], rows2[i, alive2[i]]])[:, :context_width]
+            z.append(sample_z(agent, goals[i : i + 1], context[None].to(args.device), rng, args))
+        z = torch.cat(z)
+    results["post"] = mean_returns(*play(z))
     return results
 
 
@@ -556,8 +569,9 @@ def train(args: Args) -> None:
     rng = np.random.default_rng(args.seed)  # goals, environments, actions, latents, batches
     train_goals = sample_goals(args.env_id, args.num_train_goals, rng, "train")
     test_goals = sample_goals(args.env_id, args.num_test_goals, rng, "test")
-    eval_goals = {"train": train_goals[: args.num_test_goals], "test": test_goals}
-    eval_envs = make_envs(args, np.concatenate([*eval_goals.values()]), args.eval_episodes)
+    eval_goals = np.concatenate((train_goals[: args.num_test_goals], test_goals))
+    splits = np.array(["train"] * (len(eval_goals) - len(test_goals)) + ["test"] * len(test_goals))
+    eval_envs = make_envs(args, eval_goals, args.eval_episodes)
     num_episodes = math.ceil(max(args.num_prior_steps, args.num_posterior_steps) / args.horizon)
     envs = make_envs(args, np.resize(train_goals, args.num_collect_goals), num_episodes)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
@@ -577,11 +591,10 @@ def train(args: Args) -> None:
         if iteration % args.eval_every == 0 or iteration == args.num_iterations:
             rows, means = [], {}
             for phase, returns in evaluate(agent, eval_envs, args).items():
-                by_split = np.split(returns, [len(eval_goals["train"])])
-                for (split, goals), split_returns in zip(eval_goals.items(), by_split):
-                    for goal, value in zip(goals, split_returns):
-                        rows.append((iteration, run.env_steps, split, goal, phase, value))
-                    means[f"{split}_{phase}_return"] = split_returns.mean()
+                for split, goal, value in zip(splits, eval_goals, returns):
+                    rows.append((iteration, run.env_steps, split, goal, phase, value))
+                means[f"train_{phase}_return"] = returns[splits == "train"].mean()
+                means[f"test_{phase}_return"] = returns[splits == "test"].mean()
             run.evaluated(iteration, rows, means)
         run.save_networks(iteration, agent)
         if iteration == args.num_iterations:

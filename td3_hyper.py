@@ -207,9 +207,8 @@ def update_actor_and_targets(agent: Agent, optimizers: dict, batch: Batch, args:
     optimizers["actor"].zero_grad()
     loss.backward()
     optimizers["actor"].step()
-    with torch.no_grad():
-        for target, online in zip(agent.targets, agent.online):
-            target.lerp_(online, args.tau)  # θ' <- θ' + τ (θ - θ')
+    move_towards = torch.optim.swa_utils.get_ema_multi_avg_fn(decay=1 - args.tau)
+    move_towards(agent.targets, agent.online, None)  # θ' <- θ' + τ (θ - θ')
     return {"actor_loss": loss.detach()}
 
 

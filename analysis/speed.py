@@ -161,7 +161,7 @@ MAML_ROWS = {
     "hyper, first order": {"first_order": True},
     "hyper, no adaptation": {"num_adapt_steps": 0},
 }
-PHASES = "sample inner_step meta_gradient fisher_product line_search evaluate".split()
+PHASES = "collect_episodes inner_step meta_gradient fisher_product line_search evaluate".split()
 
 
 def maml(
@@ -174,11 +174,11 @@ def maml(
     """Seconds of an iteration at a number of training goals, evaluated on half as many."""
     seconds, starts = Counter(), []
 
-    def timed(phase: str, function: Callable, *inputs):
+    def timed(phase: str, function: Callable, *inputs, **options):
         if starts:  # an inner step within the gradient counts as the gradient's
-            return function(*inputs)
+            return function(*inputs, **options)
         starts.append(time.perf_counter())
-        result = function(*inputs)
+        result = function(*inputs, **options)
         if device != "cpu":
             torch.cuda.synchronize()
         seconds[phase] += time.perf_counter() - starts.pop()

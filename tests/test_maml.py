@@ -7,6 +7,7 @@ import reference_maml
 import torch
 from helpers import cosine
 from torch.nn.utils import parameters_to_vector
+from torch.utils._pytree import tree_map
 
 import maml_hyper
 from maml_hyper import Args, Batch, Gaussian, MetaBatch, Policy, Rollout
@@ -53,11 +54,12 @@ def make_task(model: str, **changes) -> tuple[Args, Policy, torch.Tensor, MetaBa
     policy = make_policy(args)
     theta = parameters_to_vector(policy.parameters()).detach()
     *pre, post = make_batches(args.num_adapt_steps + 1)
-    steps, parameters = [], maml_hyper.by_name(policy, theta)
+    inner_steps, parameters = [], maml_hyper.by_name(policy, theta)
     for batch in pre:
-        step = maml_hyper.inner_step(policy, parameters, steps, batch, args)
-        steps.append({k: type(s)(*(x.detach() for x in s)) for k, s in step.items()})
-    meta_batch = MetaBatch(pre, steps, post)
+        inputs = (policy, parameters, inner_steps, batch, args.inner_lr)
+        step = maml_hyper.inner_step(*inputs, second_order=False)
+        inner_steps.append(tree_map(torch.detach, step))
+    meta_batch = MetaBatch(pre, inner_steps, post)
     with torch.no_grad():
         old = maml_hyper.adapted_outputs(policy, theta, meta_batch, args)
     return args, policy, theta, meta_batch, old
@@ -66,7 +68,7 @@ def make_task(model: str, **changes) -> tuple[Args, Policy, torch.Tensor, MetaBa
 @pytest.mark.parametrize("num_adapt_steps, chunk", [(0, 1), (1, 2 * N), (2, 100 * N)])
 @pytest.mark.parametrize("first_order", [False, True], ids=["second order", "first order"])
 @pytest.mark.parametrize("model", MODELS)
-def test_an_update_is_that_of_the_paper_with_real_copies_of_the_weights(
+def test_adapted_layers_act_as_a_copy_of_all_parameters_a_task_would(
     model, first_order, num_adapt_steps, chunk, monkeypatch
 ):
     monkeypatch.setattr(maml_hyper, "CHUNK", chunk)  # tasks one by one, two and one, all together
@@ -132,7 +134,7 @@ def test_a_rollout_generates_its_weights_once_and_ends_where_the_ant_falls(model
 
     envs.step = falling
     monkeypatch.setattr(policy, "generate", lambda c: contexts.append(c) or generate(c))
-    rollout = maml_hyper.sample(policy, [], envs, np.random.default_rng(0), args)
+    rollout = maml_hyper.collect_episodes(policy, [], envs, np.random.default_rng(0), args)
     assert [context.tolist() for context in contexts] == [[[0.5], [2.0]]]
     expected = np.ones((2, 4, 15), bool)
     expected[1, 1, 6:] = False
@@ -196,7 +198,8 @@ def test_bfloat16_policies_have_the_surrogate_and_the_meta_gradient_of_float32(m
         policy = make_policy(args, noise=0.02).float()
         theta = parameters_to_vector(policy.parameters()).detach()
         gradient, old = maml_hyper.meta_gradient(policy, theta, task, args)
-        step = maml_hyper.inner_step(policy, dict(policy.named_parameters()), [], pre[0], args)
+        inputs = (policy, dict(policy.named_parameters()), [], pre[0], args.inner_lr)
+        step = maml_hyper.inner_step(*inputs, second_order=False)
         tensors = [gradient, *old, *(x for gain in step.values() for x in gain)]
         assert {x.dtype for x in tensors} == {torch.float32}
         direction = results[0][0] if results else gradient

@@ -146,7 +146,8 @@ def test_bfloat16_has_the_losses_and_gradients_of_float32(model):
 
     def losses(precision: str):
         args.precision = precision  # the networks have the same Args
-        v_loss, policy_loss = pearl.v_and_policy_loss(agent, batch, z, noise, args)
+        policy_loss, y = pearl.policy_loss(agent, batch, z, noise, args)
+        v_loss = pearl.v_loss(agent, batch, z, y)
         return pearl.q_loss(agent, batch, z, args), v_loss, policy_loss
 
     assert_close_in_bfloat16(losses, [agent.q, agent.v, agent.policy])
@@ -158,11 +159,11 @@ def test_the_oracle_is_the_goal_with_no_encoder_no_kl_and_nothing_to_adapt():
         run(PointMass("", GOALS, 2), np.arange(3), 40, posterior)
     assert tasks.encoder_buffer.added == [0, 0, 0]
     batch = pearl.sample_batch(tasks, np.random.default_rng(0), args)
-    assert batch.context.shape == (T, 1) and set(batch.context.flatten().tolist()) <= {*GOALS}
-    reward = -(batch.next_obs.squeeze(-1) - batch.context).square()
+    assert batch.z_input.shape == (T, 1) and set(batch.z_input.flatten().tolist()) <= {*GOALS}
+    reward = -(batch.next_obs.squeeze(-1) - batch.z_input).square()
     torch.testing.assert_close(batch.reward, reward, atol=1e-5, rtol=0)  # of the task of the goal
-    z, kl = pearl.infer(agent, batch.context, torch.randn(T, 5))
-    assert agent.encoder is None and kl == 0 and torch.equal(z, batch.context)
+    z, kl = pearl.infer(agent, batch.z_input, torch.randn(T, 5))
+    assert agent.encoder is None and kl == 0 and torch.equal(z, batch.z_input)
 
     latents, envs = inputs_of(agent.policy.net.primary), PointMass("", [0.5, 2.0], 2)
     assert list(pearl.evaluate(agent, envs, args)) == ["post"] and len(envs.rollouts) == 1

@@ -37,9 +37,9 @@ def test_the_phases_of_maml_are_nearly_the_whole_iteration(capsys, monkeypatch):
     small = {"episodes_per_goal": 2, "horizon": 5, "cg_iterations": 2}
     rows = {"hyper": small, "no adaptation": small | {"num_adapt_steps": 0}}
     monkeypatch.setattr(speed, "MAML_ROWS", rows)
-    sample = speed.maml_hyper.sample
+    collect = speed.maml_hyper.collect_episodes
     speed.maml(tuple(rows), num_goals=2, primary_widths=(4, 8), rounds=3)
-    assert speed.maml_hyper.sample is sample
+    assert speed.maml_hyper.collect_episodes is collect
     lines = capsys.readouterr().out.splitlines()[-2:]
     for line in lines:
         *phases, whole = (float(cell) for cell in line.strip("| ").split(" | ")[1:])
