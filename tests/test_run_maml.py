@@ -28,19 +28,6 @@ def test_it_trains_on_every_family(run_main, env_id, model):
     assert found == {*itertools.product((0, 1), ("train", "test"), ("pre", "post"))}
 
 
-@pytest.mark.parametrize("num_adapt_steps, order", [(0, []), (3, ["--first-order"])])
-def test_any_number_of_inner_steps(run_main, num_adapt_steps, order):
-    args = [*small(2), *order, "--num-adapt-steps", num_adapt_steps, "--save-every", 1]
-    assert run_main(SCRIPT, *args, "--inner-lr", 0.01).code == 0
-    weights = [torch.load(RUN_DIR / f"step_{i}.pt", weights_only=True) for i in range(3)]
-    first = [w["net.primary.0.weight"] for w in weights]
-    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
-    table = pd.read_csv(RUN_DIR / "eval.csv")
-    assert {*table.phase} == ({"pre", "post"} if num_adapt_steps else {"pre"})
-    # Steps of 3 tasks with 2 episodes of 8 steps, before each inner step and after the last.
-    assert table.env_steps.iloc[-1] == 2 * (num_adapt_steps + 1) * 3 * 2 * 8
-
-
 def test_run_directory_holds_what_the_readme_says(run_main):
     assert run_main(SCRIPT, *small(3), "--eval-every", 2, "--save-every", 2).code == 0
     assert {file.stem for file in RUN_DIR.glob("step_*.pt")} == {"step_0", "step_2", "step_3"}

@@ -124,11 +124,7 @@ def test_log_probability_of_sac_equals_torch_distributions(reach):
     torch.testing.assert_close(log_prob, distribution.log_prob(squashed), rtol=1e-10, atol=1e-10)
 
 
-def test_actions_of_sac_are_tanh_of_the_mean_plus_noise_of_a_bounded_std():
-    actor = actor_with([0.4, -1.2], [0, 0]).float()
-    obs, noise = np.float32([0, 0, 0]), np.float32([0.5, -1])
-    np.testing.assert_allclose(sac.act(actor, obs, "cpu"), np.tanh([0.4, -1.2]), rtol=1e-5)
-    assert sac.explore(actor, obs, noise, "cpu") == pytest.approx(np.tanh([0.9, -2.2]), rel=1e-5)
+def test_log_std_of_sac_is_bounded():
     _, log_std = actor_with([0, 0], [5, -50]).mean_and_log_std(torch.zeros(4, 3).double())
     assert (log_std == torch.tensor([2, -20])).all()
 
@@ -155,20 +151,3 @@ def test_random_steps_are_those_of_td3s_paper_unless_given(script):
     for env, steps in {"HalfCheetah-v4": 10_000, "Ant-v5": 10_000, "Hopper-v4": 1_000}.items():
         assert script.Args(env_id=env, device="cpu").learning_starts == steps
         assert script.Args(env_id=env, device="cpu", learning_starts=0).learning_starts == 0
-
-
-def test_evaluation_is_the_same_every_time_and_deterministic():
-    args = td3.Args(env_id="InvertedPendulum-v4", eval_episodes=3, seed=1, device="cpu")
-    torch.manual_seed(5)
-    env, actor = td3.make_env(args), td3.Actor(4, 1)
-    first, second = td3.evaluate(actor, env, args), td3.evaluate(actor, env, args)
-    assert first == second and len(first) == 3 and len({r for r, _ in first}) > 1
-    args.seed = 2
-    assert td3.evaluate(actor, env, args) != first
-    # One episode by hand
-    obs, _ = env.reset(seed=101)
-    total, length, done = 0.0, 0, False
-    while not done:
-        obs, reward, terminated, truncated, _ = env.step(td3.act(actor, obs, "cpu"))
-        total, length, done = total + reward, length + 1, terminated or truncated
-    assert first[0] == (total, length)

@@ -54,7 +54,7 @@ def run(request, tmp_path_factory) -> SimpleNamespace:
         script.train(args)
     critics, actor = ([u for u in updates if u.name[7] == letter] for letter in "ca")
     env, eval_env = (env.unwrapped for env in envs)
-    obs, action, reward, next_obs, terminated = map(np.array, zip(*env.transitions))
+    obs, action, reward, next_obs, terminated, _ = map(np.array, zip(*env.transitions))
     action = (action - [2.5, 2]) / [2.5, 5]  # from the environment's bounds to [-1, 1]
     rows = np.column_stack([obs, action, reward, next_obs, terminated])
     return SimpleNamespace(**locals(), agent=updates[0].agent)
@@ -125,11 +125,21 @@ def test_every_episode_has_a_start_of_its_own_and_every_evaluation_the_same(run)
     assert run.eval_env.seeds == 4 * [run.args.seed + 100, None, None]
 
 
-def test_evaluations_play_the_deterministic_policy(run):
-    obs, action = (np.array(x) for x in list(zip(*run.eval_env.transitions))[:2])
+def test_evaluations_play_the_deterministic_policy_and_score_whole_episodes(run):
+    obs, action, reward, *_, episode = map(np.array, zip(*run.eval_env.transitions))
+    actor = run.agent.actor
     with torch.no_grad():
-        expected = run.agent.actor(torch.tensor(obs)).numpy()
+        expected = (
+            actor(torch.tensor(obs))
+            if run.script is td3
+            else actor.mean_and_log_std(torch.tensor(obs))[0].tanh()
+        )
     np.testing.assert_allclose((action - [2.5, 2]) / [2.5, 5], expected, atol=1e-5)
+    (file,) = Path(run.args.runs_dir).rglob("eval.csv")
+    table = pd.read_csv(file)
+    assert [*table.global_step] == [0] * 3 + [400] * 3 + [800] * 3 + [1200] * 3
+    np.testing.assert_allclose(table["return"], np.bincount(episode, reward)[1:], rtol=1e-5)
+    np.testing.assert_array_equal(table.length, np.bincount(episode)[1:])
 
 
 def test_each_optimizer_is_adam_with_its_own_parameters_and_learning_rate(run):
@@ -262,11 +272,13 @@ PEARL |= dict(num_iterations=6, primary_widths=(8,), dynamic_width=8, eval_episo
 @pytest.fixture(scope="module")
 def pearl_run(tmp_path_factory) -> SimpleNamespace:
     """A run without updates, and with an encoder whose z are nearly all 5."""
-    envs, collections, rollouts, updates = [], [], [], []
+    envs, collections, calls, contexts, updates = [], [], [], [], []
     args = pearl.Args(runs_dir=str(tmp_path_factory.mktemp("runs")), **PEARL)
 
     def encoder(_, context):
-        return torch.full((len(context), 2), POSTERIOR), torch.full((len(context), 2), 1e-4)
+        contexts.append(context)
+        mean = torch.full((len(context), 2), POSTERIOR)
+        return mean, torch.full_like(mean, 1e-4)
 
     def update(agent, optimizers, batch, z_noise, noise, args):
         now = len(collections)
@@ -278,9 +290,14 @@ def pearl_run(tmp_path_factory) -> SimpleNamespace:
         patch.setattr(pearl, "update", update)
         patch.setattr(pearl.Encoder, "forward", encoder)
         watch(patch, pearl, "collect", collections)
-        watch(patch, pearl, "rollout", rollouts, lambda: len(collections))
+        watch(patch, pearl, "rollout", calls)
         pearl.train(args)
     eval_env, env, all_env = envs
+    rollouts = all_env.rollouts + env.rollouts + eval_env.rollouts  # collections, evaluations
+    for one in envs:
+        for rollout, call in zip(one.rollouts, [call for call in calls if call.envs is one]):
+            rollout.z, rollout.policy = call.z, call.policy
+    posterior = [call.posterior for call in collections] + 3 * [False, False, True]
     return SimpleNamespace(**locals())
 
 
@@ -302,40 +319,56 @@ def test_pearl_collects_in_all_tasks_once_and_then_in_random_ones_prior_first(pe
 
 
 def test_each_of_pearls_trajectories_has_its_z_from_the_prior_or_the_posterior(pearl_run):
-    evaluations = [call for call in pearl_run.rollouts if call.envs is pearl_run.eval_env]
-    collections = [call for call in pearl_run.rollouts if call.envs is not pearl_run.eval_env]
-    posterior = [call.posterior for call in pearl_run.collections] + 3 * [False, False, True]
     of_prior = []
-    for call, of_posterior in zip(collections + evaluations, posterior):
-        assert len(call.z.unique(dim=0)) == len(call.z)
-        assert of_posterior == ((call.z - POSTERIOR).abs() < 0.1).all()
-        of_prior += [] if of_posterior else [call.z.numpy()]
+    for rollout, posterior in zip(pearl_run.rollouts, pearl_run.posterior):
+        assert len(rollout.z.unique(dim=0)) == len(rollout.z)
+        assert posterior == ((rollout.z - POSTERIOR).abs() < 0.1).all()
+        of_prior += [] if posterior else [rollout.z.numpy()]
     assert_standard_normal(np.vstack(of_prior))
+    contexts = [context for context in pearl_run.contexts if len(context) > 1]  # to collect
+    assert len(contexts) == 6  # a draw for each of the slots, once for whole trajectories
+    assert all(len(context.unique(dim=0)) == len(context) == 9 for context in contexts)
+
+
+def test_pearls_actions_are_the_policys_with_noise_and_its_means_in_evaluations(pearl_run):
+    noises = []
+    for rollout in pearl_run.rollouts:
+        obs, action = (torch.tensor(np.stack(x, 1)) for x in (rollout.obs[:-1], rollout.actions))
+        with torch.no_grad():
+            generated = rollout.policy.generate(rollout.z)
+            mean, log_std = rollout.policy.dynamic(generated, obs.float())
+        noise = (action.atanh() - mean) / log_std.exp()
+        noises.append(noise[torch.tensor(rollout.mask)].numpy())
+    collections = np.vstack(noises[: len(pearl_run.collections)])  # (trajectories, steps, 1)
+    assert_standard_normal(collections.reshape(-1, 1))
+    assert_standard_normal(collections[..., 0])
+    assert abs(np.vstack(noises[len(pearl_run.collections) :])).max() < 1e-3
 
 
 def test_pearl_learns_from_all_transitions_and_infers_from_the_latest_of_the_prior(pearl_run):
     owner, latest, updates = {}, [set() for _ in range(GOALS)], iter(pearl_run.updates)
-    rollouts, batches = [*pearl_run.all_env.rollouts, *pearl_run.env.rollouts], set()
-    for number, (call, rollout) in enumerate(zip(pearl_run.collections, rollouts), start=1):
+    batches = set()
+    for number, (call, rollout) in enumerate(zip(pearl_run.collections, pearl_run.rollouts), 1):
         if not call.posterior:
             for task in call.chosen:
                 latest[task] = set()
-        tasks = np.repeat(call.chosen, len(rollout.mask) // len(call.chosen))
-        for obs, action in zip(rollout.obs, rollout.actions):
-            for slot in np.flatnonzero(rollout.mask):
-                row = (np.float32(obs[slot, 0]), action[slot, 0])
-                owner[row] = tasks[slot]
-                if not call.posterior:
-                    latest[tasks[slot]].add(row)
+        slots, goals = rollout.mask, rollout.goals
+        tasks, goals = (np.repeat(x, len(slots) // len(goals))[slots] for x in (call.chosen, goals))
+        for obs, action, next_obs in zip(rollout.obs, rollout.actions, rollout.obs[1:]):
+            reward = -((next_obs[slots, 0] - goals) ** 2)
+            columns = obs[slots], action[slots], reward, next_obs[slots], 0 * reward  # goes on
+            rows = np.column_stack(columns).astype(np.float32)
+            owner |= dict(zip(map(tuple, rows), tasks))
+            for task, row in zip(tasks, rows) if not call.posterior else ():
+                latest[task].add(tuple(row[:3]))
         for update in itertools.islice(updates, UPDATES) if call.posterior else ():
-            obs, action, *_, contexts = (x.numpy() for x in update.batch)
-            found = []
-            for rows, context in zip(np.concatenate([obs, action], -1), contexts[..., :2]):
-                (task,) = {owner[tuple(row)] for row in rows}
+            *columns, contexts = (x.numpy().reshape(8, -1, x.shape[-1]) for x in update.batch)
+            columns = np.concatenate([x.reshape(8, 30, 1) for x in columns], -1)
+            found = [{owner[tuple(row)] for row in rows} for rows in columns]
+            assert update.time == number and all(len(tasks) == 1 for tasks in found)
+            for (task,), context in zip(found, contexts):
                 assert {*map(tuple, context)} <= latest[task]
-                found.append(task)
-            batches.add(tuple(found))
-            assert update.time == number and len(found) == 8
+            batches.add(tuple(task for (task,) in found))
     assert len(batches) == 6 * UPDATES and {*np.ravel([*batches])} == {*range(GOALS)}
 
 

@@ -117,7 +117,8 @@ class Diary(gym.Env):
     def step(self, action):
         obs, self.obs = self.obs, self.np_random.standard_normal(2, dtype=np.float32)
         reward, terminated = self.np_random.standard_normal(), self.np_random.random() < 0.1
-        self.transitions.append((obs, action, reward, self.obs, terminated))
+        episode = len(self.seeds)
+        self.transitions.append((obs, action, reward, self.obs, terminated, episode))
         return self.obs, reward, terminated, False, {}
 
 
