@@ -4,6 +4,7 @@ Networks are called, but none of the script's losses, its encoder or its policy'
 """
 
 import copy
+import itertools
 
 import torch
 from reference_td3_sac import descend, follow
@@ -31,11 +32,11 @@ def policy(net, hyper: bool, s, z, noise):
     return a, log_prob, mean**2, log_std**2
 
 
-def pearl(agent, batches: list, rates: dict[str, float], args):
+def pearl(agent, batches: list, rate: float, args):
     """The agent after an update on each of `batches`: transitions, noise of z, noise of actions.
 
-    Algorithm 1 of Rakelly et al. (2019) with V and its target, as in their code, with gradient
-    descent and a learning rate for each of "q", "v", "policy" and "encoder".
+    Algorithm 1 of Rakelly et al. (2019) with V and its target, as in their code, by gradient
+    descent.
     """
     agent, hyper = copy.deepcopy(agent).double(), args.model == "hyper"
 
@@ -59,14 +60,9 @@ def pearl(agent, batches: list, rates: dict[str, float], args):
                 y = args.reward_scale * r + args.gamma * (1 - terminated) * next_v
             q_losses.append(sum(((value(q, s, a, z) - y) ** 2).mean() for q in agent.q))
         q_loss = sum(q_losses) / len(tasks)
-        learners = {"q": agent.q} | ({"encoder": agent.encoder} if agent.encoder else {})
-        parts = [(name, [*module.parameters()]) for name, module in learners.items()]
-        everything = [p for _, parameters in parts for p in parameters]
-        gradients = iter(torch.autograd.grad(q_loss + args.kl_weight * kl, everything))
-        with torch.no_grad():
-            for name, parameters in parts:
-                for p in parameters:
-                    p -= rates[name] * next(gradients)
+        learners = [agent.q, agent.encoder] if agent.encoder else [agent.q]
+        parameters = itertools.chain(*(module.parameters() for module in learners))
+        descend(q_loss + args.kl_weight * kl, parameters, rate)
 
         v_loss = policy_loss = 0.0
         for (s, *_, eps), z in zip(tasks, zs):
@@ -77,7 +73,7 @@ def pearl(agent, batches: list, rates: dict[str, float], args):
             v_loss = v_loss + ((value(agent.v, s, z) - y.detach()) ** 2).mean() / len(tasks)
             regularisation = args.policy_reg * (mean2.mean() + log_std2.mean())
             policy_loss = policy_loss + (regularisation - y.mean()) / len(tasks)
-        descend(v_loss, agent.v.parameters(), rates["v"])
-        descend(policy_loss, agent.policy.parameters(), rates["policy"])
+        descend(v_loss, agent.v.parameters(), rate)
+        descend(policy_loss, agent.policy.parameters(), rate)
         follow(agent.target_v, agent.v, args.tau)
     return agent

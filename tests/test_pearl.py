@@ -103,10 +103,9 @@ def test_updates_are_those_of_the_paper(model, context):
     options = dict(gamma=0.9, tau=0.3, kl_weight=0.3, policy_reg=0.01, reward_scale=3.0)
     agent, args = make_agent(model=model, context=context, **options)
     before, batches = copy.deepcopy(agent), [make_batch(args, seed) for seed in range(4)]
-    rates = {"q": 0.01, "v": 0.01, "policy": 0.01} | ({"encoder": 0.01} if agent.encoder else {})
-    expected = reference_pearl.pearl(agent, batches, rates, args)
-    parts = {name: getattr(agent, name).parameters() for name in rates}
-    optimizers = {name: torch.optim.SGD(part, rates[name]) for name, part in parts.items()}
+    expected = reference_pearl.pearl(agent, batches, 0.01, args)
+    names = pearl.make_optimizers(agent, args)
+    optimizers = {n: torch.optim.SGD(getattr(agent, n).parameters(), 0.01) for n in names}
     for batch, z_noise, noise in batches:
         losses = pearl.update(agent, optimizers, batch, z_noise, noise, args)
     assert not any(loss.requires_grad for loss in losses.values())
