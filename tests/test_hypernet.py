@@ -61,6 +61,12 @@ def test_weights_generated_once_a_task_act_like_weights_generated_for_every_samp
     torch.testing.assert_close(per_task.flatten(0, 1), per_sample, rtol=1e-12, atol=1e-14)
 
 
+def test_under_autocast_b_and_g_are_float32_so_that_1_plus_g_is_not_rounded():
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = small_hypernetwork().float().generate(torch.randn(5, 4))
+    assert {x.dtype for _, b, g in weights for x in (b, g)} == {torch.float32}
+
+
 @pytest.mark.parametrize("meta_dim", [1, 11])
 def test_paper_init_generates_weights_like_kaiming_uniform(meta_dim):
     net = HyperNetwork(meta_dim, 3, 1, init="paper")
