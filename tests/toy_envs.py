@@ -82,23 +82,6 @@ class Typed(Clock):
         return obs.astype(self.obs), reward, np.bool_(terminated), 0, info
 
 
-class Cart(gym.Env):
-    """Is pushed to the origin and stopped there: observation (x, v), reward -x²."""
-
-    action_space = gym.spaces.Box(-1, 1, (1,))
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        self.x, self.v = self.np_random.uniform(-1, 1, 2)
-        return np.float32([self.x, self.v]), {}
-
-    def step(self, action):
-        self.v += 0.4 * action[0]
-        self.x += 0.4 * self.v
-        return np.float32([self.x, self.v]), -(self.x**2), False, False, {}
-
-
 class Diary(gym.Env):
     """Notes the seeds of its resets and all transitions, which are noise."""
 
@@ -120,6 +103,23 @@ class Diary(gym.Env):
         episode = len(self.seeds)
         self.transitions.append((obs, action, reward, self.obs, terminated, episode))
         return self.obs, reward, terminated, False, {}
+
+
+class Cart(gym.Env):
+    """Is pushed to the origin and stopped there: observation (x, v), reward -x²."""
+
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.v = self.np_random.uniform(-1, 1, 2)
+        return np.float32([self.x, self.v]), {}
+
+    def step(self, action):
+        self.v += 0.4 * action[0]
+        self.x += 0.4 * self.v
+        return np.float32([self.x, self.v]), -(self.x**2), False, False, {}
 
 
 class Spaces(Clock):
