@@ -24,7 +24,7 @@ import td3_hyper as td3
 STARTS, TOTAL, DELAY, SIGMA = 600, 1200, 3, 0.4
 SMALL = dict(env_id="toy_envs:Diary-v0", critic="mlp-small", device="cpu", learning_starts=STARTS)
 SMALL |= dict(total_timesteps=TOTAL, batch_size=16, eval_every=400, eval_episodes=3, tau=1e-12)
-SMALL |= dict(actor_lr=1e-12, critic_lr=2e-12)
+SMALL |= dict(actor_lr=1e-12, critic_lr=2e-12, buffer_size=1000)
 OWN = {td3: dict(policy_frequency=DELAY, exploration_noise=SIGMA), sac: dict(alpha_lr=3e-12)}
 
 
@@ -46,8 +46,15 @@ def run(request, tmp_path_factory) -> SimpleNamespace:
     """A run of TD3 or SAC: its two environments, and the calls that updated the networks."""
     script, envs, updates, make_env = request.param, [], [], request.param.make_env
     runs_dir = str(tmp_path_factory.mktemp("runs"))
-    args = script.Args(runs_dir=runs_dir, **SMALL, **OWN[script])
+    args, init = script.Args(runs_dir=runs_dir, **SMALL, **OWN[script]), script.Agent.__init__
+
+    def init_with_other_targets(agent, *args):
+        init(agent, *args)
+        for target in agent.targets:
+            target.neg_()
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.Agent, "__init__", init_with_other_targets)
         patch.setattr(script, "make_env", lambda *a: envs.append(make_env(*a)) or envs[-1])
         for name in ("update_critics", "update_actor_and_targets"):
             watch(patch, script, name, updates, lambda: len(envs[0].unwrapped.transitions))
@@ -99,15 +106,17 @@ def test_critics_learn_at_every_step_and_td3s_actor_and_targets_at_every_third(r
             assert first.name == "update_critics" and first.batch is then.batch
 
 
-def test_batches_are_drawn_from_all_transitions_so_far_the_newest_included(run):
+def test_batches_are_drawn_from_the_last_1000_transitions_the_newest_included(run):
     number = {obs.tobytes(): i for i, obs in enumerate(run.obs)}
     ages, newest = [], 0
     for update in run.critics:
         columns = [x.numpy().reshape(16, -1) for x in update.batch]
         index = np.array([number[obs.tobytes()] for obs in columns[0]])
         np.testing.assert_allclose(np.hstack(columns), run.rows[index], rtol=1e-5, atol=1e-5)
-        assert max(index) < update.time
-        ages.append((index + 0.5) / update.time)
+        filled = min(update.time, 1000)
+        age = update.time - 1 - index
+        assert 0 <= age.min() and age.max() < filled
+        ages.append((age + 0.5) / filled)
         newest += update.time - 1 in index
     shares = [0, 0.25, 0.5, 0.75, 1]
     np.testing.assert_allclose(np.quantile(ages, shares), shares, atol=0.02)
@@ -253,8 +262,8 @@ def test_mamls_starts_differ_from_rollout_to_rollout_but_not_between_evaluations
 def test_mamls_evaluation_scores_the_first_and_the_last_episodes(maml_run):
     for split, rollouts in (("train", maml_run.train[::2]), ("test", maml_run.test)):
         for phase, k in (("pre", 0), ("post", -1)):
-            goals = len(rollouts[0][k].goals)
-            expected = np.reshape([x[k].returns for x in rollouts], (3, goals, -1)).mean(2)
+            shape = (3, TASKS, EPISODES) if split == "train" else (3, 2, 4)
+            expected = np.reshape([x[k].returns for x in rollouts], shape).mean(2)
             np.testing.assert_allclose(returns_of(maml_run.args, split, phase), expected)
 
 
@@ -364,6 +373,7 @@ def test_pearl_learns_from_all_transitions_and_infers_from_the_latest_of_the_pri
             columns = np.concatenate([x.reshape(8, 30, 1) for x in columns], -1)
             found = [{owner[tuple(row)] for row in rows} for rows in columns]
             assert update.time == number and all(len(tasks) == 1 for tasks in found)
+            assert contexts.shape == (8, 40, 3)
             for (task,), context in zip(found, contexts):
                 assert {*map(tuple, context)} <= latest[task]
             batches.add(tuple(task for (task,) in found))
