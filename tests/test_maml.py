@@ -123,11 +123,11 @@ def test_baseline_and_advantages_equal_a_plain_loop_with_early_ends(gamma, lam):
 @pytest.mark.parametrize("model", MODELS)
 def test_a_rollout_generates_its_weights_once_and_ends_where_an_episode_ends(model, monkeypatch):
     args = make_args(model, horizon=15)
-    envs, policy = PointMass("", [0.5, 2.0], 4, 1, args.horizon, edge=0.5), Policy(1, 1, args)
+    envs, policy = PointMass("", [-0.5, 3.0], 4, 1, args.horizon, edge=0.5), Policy(1, 1, args)
     contexts, generate = [], policy.generate
     monkeypatch.setattr(policy, "generate", lambda c: contexts.append(c) or generate(c))
     rollout = maml_hyper.collect_episodes(policy, [], envs, np.random.default_rng(0), args)
-    assert [context.tolist() for context in contexts] == [[[0.5], [2.0]]]
+    assert [context.tolist() for context in contexts] == [[[-0.5], [3.0]]]
     lengths = envs.rollouts[0].lengths.reshape(2, 4, 1)
     assert (rollout.alive == (np.arange(15) < lengths)).all() and len(np.unique(lengths)) > 1
     assert (rollout.reward[~rollout.alive] == 0).all()
