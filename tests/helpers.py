@@ -104,5 +104,14 @@ def assert_close_in_bfloat16(losses, networks: list[torch.nn.Module]) -> None:
         assert loss_16.item() == pytest.approx(loss.item(), rel=0.02)
 
 
+def assert_same_weights(agent, expected, before) -> None:
+    """All weights are the expected ones to float32's precision, and have moved much further."""
+    for (name, new), reference in zip(agent.state_dict().items(), expected.state_dict().values()):
+        torch.testing.assert_close(new, reference.float(), rtol=0, atol=1e-6, msg=name)
+    for (name, new), old in zip(agent.named_children(), before.children()):
+        pairs = zip(new.parameters(), old.parameters())
+        assert max((p - q).abs().max() for p, q in pairs) > 1e-4, name
+
+
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0).item()

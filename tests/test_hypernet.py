@@ -61,17 +61,10 @@ def test_weights_generated_once_a_task_act_like_weights_generated_for_every_samp
     torch.testing.assert_close(per_task.flatten(0, 1), per_sample, rtol=1e-12, atol=1e-14)
 
 
-def test_gradients_equal_finite_differences():
-    net = small_hypernetwork()
-    meta, base = torch.randn(3, 4).double(), torch.randn(3, 3).double()
-    meta.requires_grad_(True), base.requires_grad_(True)
-    parameters = (
-        net.primary[0].weight,
-        net.hidden.to_W.weight,
-        net.hidden.to_g.weight,
-        net.output.to_b.bias,
-    )
-    assert torch.autograd.gradcheck(lambda m, x, *_: net(m, x), (meta, base, *parameters))
+def test_under_autocast_b_and_g_are_float32_so_that_1_plus_g_is_not_rounded():
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = small_hypernetwork().float().generate(torch.randn(5, 4))
+    assert {x.dtype for _, b, g in weights for x in (b, g)} == {torch.float32}
 
 
 @pytest.mark.parametrize("meta_dim", [1, 11])
@@ -182,23 +175,6 @@ def test_tuned_matrix_products_are_accurate_and_slow_bfloat16_is_said(monkeypatc
         assert not capsys.readouterr().err
     a = torch.randn(512, 512)
     torch.testing.assert_close((a @ a).double(), a.double() @ a.double(), rtol=1e-3, atol=1e-3)
-
-
-def test_treating_denormals_as_zero_changes_no_weight():
-    def train(flush):
-        torch.set_flush_denormal(flush)
-        weight = torch.nn.Parameter(torch.linspace(-1, 1, 101))
-        optimizer = torch.optim.Adam([weight], fused=True)
-        weight.grad = torch.linspace(1, 2, 101)
-        for _ in range(1500):
-            optimizer.step()
-            weight.grad.zero_()  # as that of a unit that is dead from now on
-        return weight.detach(), optimizer.state[weight]["exp_avg"]
-
-    weight, average = train(False)
-    assert ((average != 0) & (average < 1e-38)).all()
-    flushed_weight, flushed_average = train(True)
-    assert torch.equal(weight, flushed_weight) and (flushed_average == 0).all()
 
 
 def test_tune_treats_denormals_as_zero_in_every_thread():

@@ -1,4 +1,7 @@
-"""Environments for the tests, `--env-id toy_envs:NAME`."""
+"""Environments for the tests, `--env-id toy_envs:NAME`, and one that stands for MetaVectorEnv."""
+
+import math
+from types import SimpleNamespace
 
 import random
 from pathlib import Path
@@ -76,6 +79,29 @@ class Typed(Clock):
         return obs.astype(self.obs), reward, np.bool_(terminated), 0, info
 
 
+class Diary(gym.Env):
+    """Notes the seeds of its resets and all transitions, which are noise."""
+
+    action_space = ACTIONS
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+
+    def __init__(self):
+        self.seeds, self.transitions = [], []
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seeds.append(seed)
+        self.obs = self.np_random.standard_normal(2, dtype=np.float32)
+        return self.obs, {}
+
+    def step(self, action):
+        obs, self.obs = self.obs, self.np_random.standard_normal(2, dtype=np.float32)
+        reward, terminated = self.np_random.standard_normal(), self.np_random.random() < 0.1
+        episode = len(self.seeds)
+        self.transitions.append((obs, action, reward, self.obs, terminated, episode))
+        return self.obs, reward, terminated, False, {}
+
+
 class Cart(gym.Env):
     """Is pushed to the origin and stopped there: observation (x, v), reward -x²."""
 
@@ -123,6 +149,49 @@ class Spaces(Closing):
         self.action_space = action_space or box
 
 
+class PointMass:
+    """Stands for `MetaVectorEnv`: x moves by 0.2 a, the reward is -(x - goal)².
+
+    It may fall off at `edge`. `rollouts` has what happened since each reset.
+    """
+
+    single_observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+    single_action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, env_id, goals, episodes_per_goal, num_threads=1, horizon=20, edge=math.inf):
+        self.goals, self.episodes_per_goal = np.asarray(goals, dtype=float), episodes_per_goal
+        self.horizon, self.edge, self.num_envs = horizon, edge, len(goals) * episodes_per_goal
+        self.x, self.returns = np.zeros((self.num_envs, 1)), np.zeros(self.num_envs)
+        self.lengths, self.rollouts = np.full(self.num_envs, horizon), []
+
+    def set_goals(self, goals):
+        self.goals = goals
+
+    def reset(self, *, seed, options=None):
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        self.x[mask] = np.random.default_rng(seed).uniform(-0.1, 0.1, (mask.sum(), 1))
+        self.returns, self.lengths = self.returns * ~mask, self.lengths * ~mask
+        now = SimpleNamespace(seed=seed, mask=mask, goals=self.goals, obs=[self.x.copy()])
+        now.actions, now.returns, now.lengths = [], self.returns, self.lengths
+        self.rollouts.append(now)
+        return self.x.copy(), {}
+
+    def step(self, actions):
+        assert abs(actions).max() <= 1
+        live = (self.lengths < self.horizon) & (abs(self.x[:, 0]) < self.edge)
+        self.x[live] += 0.2 * actions[live]
+        self.lengths += live
+        reward = live * -((self.x[:, 0] - np.repeat(self.goals, self.episodes_per_goal)) ** 2)
+        self.returns += reward
+        self.rollouts[-1].actions.append(actions)
+        self.rollouts[-1].obs.append(self.x.copy())
+        terminated = abs(self.x[:, 0]) >= self.edge
+        return self.x.copy(), reward, terminated, self.lengths >= self.horizon, {}
+
+    def close(self):
+        pass
+
+
 IMAGE = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 gym.register("Truncating-v0", Clock, max_episode_steps=5)
 gym.register("Terminating-v0", Clock, kwargs={"terminate_after": 5}, max_episode_steps=50)
@@ -133,6 +202,7 @@ gym.register("Closing-v0", Closing, max_episode_steps=5)
 gym.register("Spaces-v0", Spaces)
 gym.register("Endless-v0", Clock)
 gym.register("Cart-v0", Cart, max_episode_steps=20)
+gym.register("Diary-v0", Diary, max_episode_steps=10)
 gym.register("Image-v0", Spaces, kwargs={"observation_space": IMAGE})
 for name, bounds in {
     "Unbounded": (-np.inf, np.inf, (2,), np.float32),
