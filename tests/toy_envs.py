@@ -1,10 +1,9 @@
 """Environments for the tests, `--env-id toy_envs:NAME`, and one that stands for MetaVectorEnv."""
 
 import math
-from types import SimpleNamespace
-
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
