@@ -62,7 +62,7 @@ def test_an_environment_without_a_render_mode_is_played_and_closed(run_main):
     Path("closed").unlink()
     finished = run_main(SCRIPT, run_dir)
     assert len(returns(finished)) == 3 and "4 steps" in finished.out
-    assert Path("closed").read_text() == "x"
+    assert Path("closed").exists()
     assert_refused(run_main(SCRIPT, run_dir, "--video", "film.mp4"), "render_mode")
     process = start(SCRIPT, run_dir)
     process.stdout.close()  # as head does
