@@ -271,12 +271,7 @@ def evaluate(actor: Actor, env: gym.Env, args: Args) -> list[tuple[float, int]]:
 
 
 def train(args: Args) -> None:
-    env, eval_env = make_env(args), make_env(args)
-    if env.spec.max_episode_steps is None:
-        limit = "--env-kwargs max_episode_steps 1000"
-        print(f"warning: no time limit; if an episode may never end, add {limit}", file=sys.stderr)
-    eval_env.reset(seed=args.seed)  # fail now rather than with a run directory
-    eval_env.step(np.zeros(env.action_space.shape, np.float32))
+    env, eval_env = make_envs(args)
     run = Run(args, args.critic, args.total_timesteps, "global_step,episode,return,length")
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(args.seed)  # initial weights
@@ -345,6 +340,17 @@ def train(args: Args) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # TD3 and SAC end here. What other people's environments need is the same in both.
+
+
+def make_envs(args: Args) -> tuple[gym.Env, gym.Env]:
+    """One to train in and one to evaluate in, of which the second has made a step."""
+    env, eval_env = make_env(args), make_env(args)
+    if env.spec.max_episode_steps is None:
+        limit = "--env-kwargs max_episode_steps 1000"
+        print(f"warning: no time limit; if an episode may never end, add {limit}", file=sys.stderr)
+    eval_env.reset(seed=args.seed)  # fail now rather than with a run directory
+    eval_env.step(np.zeros(env.action_space.shape, np.float32))
+    return env, eval_env
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:
