@@ -10,6 +10,7 @@ import torch
 from helpers import Finished
 
 torch.set_num_threads(1)  # pytest -n 2 has a process for each core
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in background
 
 
 @pytest.fixture
