@@ -158,7 +158,7 @@ class HyperCritic(nn.Module):
 
 
 class Float32Linear(nn.Linear):
-    """Under autocast, too, it is exact: bfloat16 would round a Q near 1,000 to a multiple of 4."""
+    """Float32 under autocast, too: bfloat16 would round a Q near 1,000 to a multiple of 4."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -611,7 +611,7 @@ def train(args: Args) -> None:
 # a directory that its arguments name, belongs to one process at a time, and goes on from its last
 # checkpoint if it was interrupted, bit for bit.
 
-at_end = contextlib.ExitStack()  # closes the environments, however the script ends
+at_end = contextlib.ExitStack()  # closes the environments, unless a signal ends the script
 
 
 def stop(message: str, code: int = 2) -> NoReturn:
@@ -634,7 +634,7 @@ def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
                 if name in to_1 and number > 1:
                     raise ValueError(f"{flag} {number}: must be at most 1")
     try:
-        torch.zeros(1, device=args.device).item()  # meta is a device without numbers
+        torch.zeros(1, device=args.device).item()  # fails on meta, which holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {error}") from None
     if args.track and not importlib.util.find_spec("wandb"):
@@ -673,9 +673,9 @@ class Run:
         self.args, self.total, self.eval_csv = args, total, columns + "\n"
         self.unit = columns.split(",")[0]  # global_step or iteration
         names = (".", args.exp_name, re.sub("[/:]", "-", args.env_id), model, f"seed{args.seed}")
-        self.dir = Path(args.runs_dir, "/".join(names)).expanduser()
-        file = self.dir / ".lock"
         try:
+            self.dir = Path(args.runs_dir, "/".join(names)).expanduser()
+            file = self.dir / ".lock"
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = filelock.FileLock(file, timeout=1)
             self.lock.acquire()
@@ -684,7 +684,7 @@ class Run:
         except filelock.Timeout:
             holder = "process " + " on ".join(file.read_text().split()[:2])
             stop(f"another process is training in {self.dir} ({holder}); if gone, remove {file}")
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             stop(f"--runs-dir {args.runs_dir}: cannot write or lock there: {error}")
 
     def resume(self, rng: np.random.Generator, **parts) -> int:

@@ -170,7 +170,7 @@ class Batch(NamedTuple):
 def q_value(critic: nn.Module, obs: Tensor, action: Tensor, args: Args) -> Tensor:
     """Q(s, a) (B,), float32 whatever the precision of the critic's matrix products."""
     with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
-        return critic(obs, action).float()
+        return critic(obs, action)
 
 
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -329,7 +329,7 @@ def train(args: Args) -> None:
                 losses = losses | learn_actor(batch)
             losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # fetched together
             run.check_finite(global_step, **losses)
-            if (global_step + 1) % 100 == 0:
+            if (global_step + 1) % (50 * args.policy_frequency) == 0:  # the actor moves in it, too
                 run.log(global_step, "losses", losses)
         global_step += 1
         run.env_steps += 1
@@ -348,7 +348,7 @@ def make_envs(args: Args) -> tuple[gym.Env, gym.Env]:
     if env.spec.max_episode_steps is None:
         limit = "--env-kwargs max_episode_steps 1000"
         print(f"warning: no time limit; if an episode may never end, add {limit}", file=sys.stderr)
-    eval_env.reset(seed=args.seed)  # fail now rather than with a run directory
+    eval_env.reset(seed=args.seed)  # fail here, before a run directory is made
     eval_env.step(np.zeros(env.action_space.shape, np.float32))
     return env, eval_env
 
@@ -382,7 +382,8 @@ def make_env(args: Args, **kwargs) -> gym.Env:
         )
         env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
     except Exception as error:  # whatever the author of the environment raises
-        last = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
+        trace = (error.__cause__ or error).__traceback__ or error.__traceback__
+        last = traceback.extract_tb(trace)[-1]
         known = isinstance(error, gym.error.Error | ImportError) or last.filename == __file__
         where = "" if known else f" ({type(error).__name__} at {last.filename}:{last.lineno})"
         stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {error}{where}")
@@ -404,7 +405,8 @@ def read_value(text):
     """
     names = {"true": "True", "false": "False", "none": "None", "inf": "1e999"}
     with contextlib.suppress(Exception):
-        spelled = re.sub(r"\w+", lambda word: names.get(word[0].lower(), word[0]), text)
+        words = r"'[^']*'|\"[^\"]*\"|\w+"  # a quoted one stays as it is
+        spelled = re.sub(words, lambda word: names.get(word[0].lower(), word[0]), text)
         json.dumps(value := ast.literal_eval(spelled))  # config.json must be able to hold it
         return text if isinstance(value, str) else value
     return text
@@ -415,7 +417,7 @@ def read_value(text):
 # a directory that its arguments name, belongs to one process at a time, and goes on from its last
 # checkpoint if it was interrupted, bit for bit.
 
-at_end = contextlib.ExitStack()  # closes the environments, however the script ends
+at_end = contextlib.ExitStack()  # closes the environments, unless a signal ends the script
 
 
 def stop(message: str, code: int = 2) -> NoReturn:
@@ -438,7 +440,7 @@ def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
                 if name in to_1 and number > 1:
                     raise ValueError(f"{flag} {number}: must be at most 1")
     try:
-        torch.zeros(1, device=args.device).item()  # meta is a device without numbers
+        torch.zeros(1, device=args.device).item()  # fails on meta, which holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {error}") from None
     if args.track and not importlib.util.find_spec("wandb"):
@@ -477,9 +479,9 @@ class Run:
         self.args, self.total, self.eval_csv = args, total, columns + "\n"
         self.unit = columns.split(",")[0]  # global_step or iteration
         names = (".", args.exp_name, re.sub("[/:]", "-", args.env_id), model, f"seed{args.seed}")
-        self.dir = Path(args.runs_dir, "/".join(names)).expanduser()
-        file = self.dir / ".lock"
         try:
+            self.dir = Path(args.runs_dir, "/".join(names)).expanduser()
+            file = self.dir / ".lock"
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = filelock.FileLock(file, timeout=1)
             self.lock.acquire()
@@ -488,7 +490,7 @@ class Run:
         except filelock.Timeout:
             holder = "process " + " on ".join(file.read_text().split()[:2])
             stop(f"another process is training in {self.dir} ({holder}); if gone, remove {file}")
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             stop(f"--runs-dir {args.runs_dir}: cannot write or lock there: {error}")
 
     def resume(self, rng: np.random.Generator, **parts) -> int:

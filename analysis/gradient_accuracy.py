@@ -56,7 +56,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sac_hyper
 import td3_hyper
-from td3_hyper import act, make_env, q_value, stop
+from td3_hyper import act, at_end, make_env, q_value, stop
 
 # In place of a run's own arguments, whatever it was trained on
 HERE = {"device": "cpu", "cuda_graph": False, "track": False}
@@ -332,6 +332,8 @@ def show(tables: dict[Path, pd.DataFrame], args: Args) -> None:
         note(f"{', '.join(names)}: not all runs have step {steps}: left out")
     columns = [*place, "label", "model", "run", "starts", "time"]
     runs = states[~lacking].groupby(columns)[SIMILARITIES].mean().reset_index()
+    if runs.empty:
+        stop("no checkpoint that all runs of a panel have: train with --save-every")
     runs = runs.assign(unit="environment steps", quantity="cosine similarity")
     panels, levels = {}, {}
     for (env_id, policy, file), part in runs.groupby(place):
@@ -364,6 +366,7 @@ def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
         agent = script.Agent(*dims, run_args)
         load(agent, run_dir / f"step_{step}.pt")
         rows = measure(agent, run_args, envs, args, step)
+        at_end.close()  # the environments of this checkpoint
         mean = pd.DataFrame(rows)[CS].mean()
         tqdm.write(f"{run_dir} step {step}: mean similarity {mean:.3f}")
         return [{"state": i, "actor_lr": run_args.actor_lr} | row for i, row in enumerate(rows)]

@@ -15,11 +15,12 @@ The numbers, over the evaluations that all runs in question have, of which `last
 - curve: mean of its evaluations after the random steps (meta-RL: after iteration 0);
 - low, high: Welch's 95% interval over runs of a - b; p: its two-sided permutation test;
 - probability: that a run of a is better than one of b, with its bootstrap 95% interval;
-- normalised: (final - first) / (baseline's final - first), where first is the baseline's first
-  evaluation. The baseline is the label of mlp or vanilla with the best final score (meta-RL: after
-  adaptation). Empty if it has not learned: final - first must exceed the standard deviation of
-  final over its runs. gain_percent: 100 (normalised - 1). reached_at_percent: the step where the
-  mean first reaches the baseline's final score, in percent of the baseline's steps.
+- normalised: (final - first) / (baseline's final - first), both finals over the evaluations that
+  label and baseline share, and first the baseline's first. The baseline is the label of mlp or
+  vanilla with the best final score (meta-RL: after adaptation). Empty if it has not learned:
+  final - first must exceed the standard deviation of final over its runs. gain_percent:
+  100 (normalised - 1). reached_at_percent: the step where the mean first reaches the baseline's
+  final score, in percent of the last step that both have.
 """
 
 import itertools
@@ -219,7 +220,8 @@ def read(folders: tuple[Path, ...], ignore: tuple[str, ...] = ()) -> pd.DataFram
         table[column] = pd.Categorical(table[column], values, ordered=True)
     for env_id, group in table.groupby("env_id"):
         if group.groupby("time").run.nunique().min() < group.run.nunique():
-            note(f"{env_id}: the runs have different evaluations; means use those that all have")
+            last = group.groupby("run").time.max().min()
+            note(f"{env_id}: the runs have different evaluations, the shortest ends at {last:,}")
     return table
 
 
@@ -347,6 +349,9 @@ def curves(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> N
 def dots(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> None:
     """Draws the mean of the curve of these runs, labels sorted, at the evaluations all have."""
     styles, times = styles or styles_of(runs), in_common(runs).index
+    times = times[times > runs.starts.max()]
+    if times.empty:
+        stop("--dots needs an evaluation after the random steps that all runs have")
     groups = dict(list(measure(runs).groupby("label").curve))
     names = sorted(groups, key=lambda name: groups[name].mean())
     for y, name in enumerate(names):
@@ -354,7 +359,7 @@ def dots(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> Non
         axis.plot(values, [y] * len(values), "o", color=colour, alpha=0.5, markeredgewidth=0)
         axis.plot([values.mean()] * 2, [y - 0.35, y + 0.35], color=colour, linewidth=2.4)
     axis.set_yticks(range(len(names)), [f"{name} ({len(groups[name])})" for name in names])
-    first, last = times[times > runs.starts.max()][[0, -1]]
+    first, last = times[[0, -1]]
     axis.set_xlabel(f"mean return at {first:,} to {last:,} {runs.unit.iloc[0]}, a dot for a run")
 
 
