@@ -158,28 +158,21 @@ def test_vanilla_learns_to_adapt_and_context_and_hyper_need_no_adaptation(model)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_bfloat16_policies_have_the_surrogate_and_the_meta_gradient_of_float32(model):
+def test_bfloat16_policies_have_the_gradients_and_the_surrogate_of_float32(model):
     args = make_args(model, primary_widths=(32, 64), dynamic_width=32, num_adapt_steps=2)
     *pre, post = (Batch(*(x.float() for x in batch)) for batch in make_batches(3))
     task, results = MetaBatch(pre, [], post), []
     for args.precision in ("float32", "bfloat16"):
         policy = make_policy(args, noise=0.02).float()
         theta = parameters_to_vector(policy.parameters()).detach()
+        direction = torch.ones_like(theta)
         gradient, old = maml_hyper.meta_gradient(policy, theta, task, args)
-        inputs = (policy, dict(policy.named_parameters()), [], pre[0], args.inner_lr)
-        step = maml_hyper.inner_step(*inputs, second_order=False)
-        tensors = [gradient, *old, *(x for gain in step.values() for x in gain)]
-        assert {x.dtype for x in tensors} == {torch.float32}
-        direction = results[0][0] if results else gradient
         product = maml_hyper.fisher_product(policy, theta, task, direction, args)
-        moved = theta + 0.1 * direction / direction.norm()
         with torch.no_grad():
-            new = maml_hyper.adapted_outputs(policy, moved, task, args)
+            new = maml_hyper.adapted_outputs(policy, theta + 0.003 * gradient, task, args)
             measured = maml_hyper.surrogate_and_kl(new, old, post, args)
-            base = maml_hyper.surrogate_and_kl(old, old, post, args)
-        results.append((gradient, product, (measured - base).tolist()))
+        assert {x.dtype for x in (gradient, product, measured, *old)} == {torch.float32}
+        results.append((gradient, product, measured))
         assert maml_hyper.update(policy, task, args)["step_size"] > 0
-    (*vectors, changes), (*vectors_16, changes_16) = results
-    for a, b in zip(vectors, vectors_16):
+    for a, b in zip(*results):
         assert cosine(a, b) > 0.999 and not torch.equal(a, b)
-    assert changes_16 == pytest.approx(changes, rel=0.05)
