@@ -307,7 +307,7 @@ def test_a_run_has_one_id_for_weights_and_biases_which_writes_nothing_into_its_d
         pytest.skip("needs wandb")
     env = {name: value for name, value in os.environ.items() if name[:5] != "WANDB"}
     for mode, runs in ("online", "other"), ("online", "runs"), ("offline", "runs"):
-        env |= {"WANDB_MODE": mode, "HOME": str(Path.cwd())}
+        env |= {"WANDB_MODE": mode, "WANDB_ERROR_REPORTING": "false", "HOME": str(Path.cwd())}
         args = [*small(120), "--track", "--exp-name", "lr:1e-3", "--runs-dir", runs]
         process = start(SCRIPT, *args, env=env, stdin=subprocess.DEVNULL)
         out, err = process.communicate()
