@@ -45,9 +45,8 @@ TOY += ["--eval-every", 10, "--eval-episodes", 1, "--checkpoint-every", 1]
 @pytest.mark.parametrize(
     "env, kwargs",
     [
-        ("Truncating", []),
         ("Terminating", []),
-        ("group/SameArray", []),  # the observations are one array, which it changes in place
+        ("group/Truncating", []),
         ("Typed", ["obs", "float64", "reward", "int"]),
         ("Typed", ["obs", "int64", "reward", "bool"]),
         ("Typed", ["obs", "uint8", "reward", "array"]),
@@ -105,15 +104,9 @@ def test_actions_have_the_type_of_the_environment_and_never_leave_its_bounds(dty
 @pytest.mark.parametrize(
     "text, value",
     [
-        *(("false", False), ("TRUE", True), ("None", None), ("none", None), ("-5", -5)),
-        *(
-            ("1e-3", 0.001),
-            ("-inf", -math.inf),
-            ("(0.7, 2)", (0.7, 2)),
-            ("(0, INF)", (0, math.inf)),
-        ),
-        *(("[1, none]", [1, None]), ("{'a': true}", {"a": True}), ("a/none.xml", "a/none.xml")),
-        *(("1j", "1j"), ("", ""), ("...", "..."), ("'1'", "'1'"), ("no", "no")),
+        *(("false", False), ("TRUE", True), ("none", None), ("-5", -5), ("-inf", -math.inf)),
+        *(("(0.7, INF)", (0.7, math.inf)), ("[1, None]", [1, None]), ("{'a': 1e-3}", {"a": 1e-3})),
+        *(("a/none.xml", "a/none.xml"), ("1j", "1j"), ("", ""), ("'1'", "'1'"), ("no", "no")),
     ],
 )
 def test_the_environments_arguments_are_read_as_python_values(text, value):
@@ -170,8 +163,6 @@ def test_a_module_in_the_current_folder_is_found(run_main):
         ("toy_envs:Image-v0", ["Box(0, 255, (8, 8, 3)"]),
         ("toy_envs:Unbounded-v0", ["bounded actions: Box(-1.0, 1.0, (2,), float32), Box(-inf"]),
         ("toy_envs:Integer-v0", ["actions of a float type, not int32"]),
-        ("toy_envs:Unsigned-v0", ["not uint8: Box(0, 3, (2,), uint8)"]),
-        ("toy_envs:Bool-v0", ["not bool"]),
         ("toy_envs:Constant-v0", ["neither equal nor huge: Box([-1. 1.], 1.0, (2,), float32)"]),
         ("toy_envs:Huge-v0", ["neither equal nor huge: Box(-2e+38,"]),
         ("toy_envs:Huge16-v0", ["neither equal nor huge", "float16"]),

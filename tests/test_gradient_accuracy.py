@@ -32,7 +32,6 @@ B = np.array([[0.1, 0.0, 0.3], [0.3, 0.1, 0.0], [0.0, 0.3, 0.1], [0.2, 0.2, 0.2]
 Q, R, K = np.diag([1.0, 2.0, 0.5, 1.0]), 0.1 * np.eye(3), 0.3 * B.T
 M = A - B @ K  # s' = M s under the policy
 P = solve_discrete_lyapunov(GAMMA**0.5 * M.T, Q + K.T @ R @ K)  # V(s) = -sᵀ P s
-STATES = np.random.default_rng(3).standard_normal((50, 4)) * 4
 
 
 class Regulator:
@@ -73,30 +72,6 @@ def held_q(s, action, hold):
     return total - GAMMA**hold * (s @ P @ s)
 
 
-def test_the_regulators_closed_form_is_right():
-    s, a = STATES[0], np.array([0.3, -0.2, 0.1])
-    by_hand = -2 * R @ a - 2 * GAMMA * B.T @ P @ (A @ s + B @ a)
-    differences = [held_q(s, a + e, 1) - held_q(s, a - e, 1) for e in np.eye(3) / 2]
-    np.testing.assert_allclose(differences, by_hand, rtol=1e-8)
-    np.testing.assert_allclose(value(s[None])[0], held_q(s, policy(s), 1), rtol=1e-8)  # Bellman
-
-
-@pytest.mark.parametrize("hold", [1, 3])
-def test_without_noise_the_estimate_is_the_regulators_gradient(hold):
-    """15 rollouts from each state, cut after 20 steps."""
-    rng, estimates, true = np.random.default_rng(0), [], []
-    for s in STATES:
-        a, envs = policy(s), [Regulator(s, limit=20) for _ in range(15)]
-        actions = a + ga.STD * rng.standard_normal((15, 3))
-        returns = ga.discounted_returns(envs, s, actions, policy, value, GAMMA, hold)
-        estimates.append(ga.estimate_gradient(actions, returns))
-        # Central differences, which are exact, since held_q is quadratic
-        true.append([held_q(s, a + e, hold) - held_q(s, a - e, hold) for e in np.eye(3) / 2])
-    assert np.mean([ga.cosine_similarity(x, y) for x, y in zip(estimates, true)]) > 0.99
-    norms = np.linalg.norm(estimates, axis=1) / np.linalg.norm(true, axis=1)
-    assert 0.9 < np.median(norms) < 1.1
-
-
 def test_an_offset_does_not_move_the_slope_and_equal_returns_have_none():
     rng = np.random.default_rng(0)
     actions, slope = 3 + rng.standard_normal((15, 3)), np.array([1.0, -2.0, 0.5])
@@ -109,7 +84,7 @@ def test_an_offset_does_not_move_the_slope_and_equal_returns_have_none():
 @pytest.mark.parametrize("hold", [1, 3])
 def test_a_rollout_cut_by_time_is_bootstrapped_unless_it_terminated(hold, terminate):
     """With the true V after the cut, the closed form must come out, whatever the time limit."""
-    s, limits = STATES[0], [1, 2, 3, 4, 17, 60]
+    s, limits = np.array([8.0, -10.0, 2.0, -2.0]), [1, 2, 3, 4, 17, 60]
     actions = np.random.default_rng(0).standard_normal((len(limits), 3))
     envs = [Regulator(s, limit, terminate) for limit in limits]
     returns = ga.discounted_returns(envs, s, actions, policy, value, GAMMA, hold)
@@ -262,6 +237,11 @@ def test_a_row_for_each_state_and_it_goes_on_where_it_stopped(run_main):
     expected = table[columns][table.step == 6].mean()
     assert [float(number) for number in printed] == pytest.approx(list(expected), abs=1e-3)
 
+    assert run_main(SCRIPT, RUN, *SMALL, "plain").code == 0
+    plain, own = pd.read_csv(Path("plain", TABLE.name)), ["similarity_of_two", "repeat"]
+    assert plain.similarity_of_two.isna().all() and not plain["repeat"].any()
+    pd.testing.assert_frame_equal(plain.drop(columns=own), table.drop(columns=own))
+
     (RUN / "step_0.pt").rename("step_0.pt")
     options = [*SMALL, "out", "--repeat"]
     assert run_main(SCRIPT, RUN, *options).code == 0 and len(pd.read_csv(TABLE)) == 2
@@ -278,22 +258,6 @@ def test_a_row_for_each_state_and_it_goes_on_where_it_stopped(run_main):
     assert files(Path("out")) == before
     TABLE.write_text("a,b\n1,2\n")
     assert_refused(run_main(SCRIPT, RUN, *options), str(TABLE), "another --out")
-
-
-def test_the_estimate_depends_on_each_option_and_on_the_runs_discount(run_main):
-    make_run(RUN)
-    half, tables = make_run(Path("half"), gamma=0.5), []
-    options = [(RUN, "--num-actions", 7), (RUN, "--hold", 1), (half,), (RUN,), (RUN, "--repeat")]
-    for i, option in enumerate(options):
-        assert run_main(SCRIPT, *SMALL, i, *option).code == 0
-        tables.append(pd.read_csv(Path(str(i), TABLE.name)))
-    *others, of_half, plain, repeated = tables
-    assert len({table.norm_true[1] for table in [*others, of_half, plain]}) == 4
-    assert (of_half.norm_critic == plain.norm_critic).all()
-    # The second estimate changes nothing else.
-    assert plain.similarity_of_two.isna().all() and not plain["repeat"].any()
-    own = ["similarity_of_two", "repeat"]
-    pd.testing.assert_frame_equal(plain.drop(columns=own), repeated.drop(columns=own))
 
 
 def test_the_critics_of_td3_and_sac_in_two_environments(run_main):
@@ -339,7 +303,7 @@ def test_tables_are_drawn_and_compared_on_the_checkpoints_that_all_runs_have(run
 def test_bad_use_ends_with_a_message_and_writes_no_table(run_main):
     for name in ("good", "copies/a", "copies/b", "unsaved", "damaged", "maml"):
         make_run(Path(name))
-    make_run(Path("toy"), env_id="toy_envs:Truncating-v0")
+    make_run(Path("toy"), env_id="toy_envs:group/Truncating-v0")
     make_run(Path("endless"), env_kwargs={"max_episode_steps": -1})
     Path("unsaved/step_0.pt").unlink()
     Path("damaged/step_0.pt").write_bytes(b"PK")
@@ -349,7 +313,7 @@ def test_bad_use_ends_with_a_message_and_writes_no_table(run_main):
         ("good nowhere", "nowhere", "config.json"),
         ("maml", "maml/config.json", "td3_hyper.py or sac_hyper.py of this version"),
         ("unsaved", "unsaved has no step_N.pt", "--save-every"),
-        ("good toy", "toy_envs:Truncating-v0", "MuJoCo"),  # before anything is measured
+        ("good toy", "toy_envs:group/Truncating-v0", "MuJoCo"),  # before anything is measured
         ("endless", "no time limit"),
         ("copies", "copies/a", "copies/b", "are both"),
         ("damaged", "damaged/step_0.pt does not hold the networks"),

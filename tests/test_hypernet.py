@@ -51,16 +51,6 @@ def test_hypernetwork_equals_equation_1_in_numpy(init):
     np.testing.assert_allclose(net(meta, base).detach().numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_weights_generated_once_a_task_act_like_weights_generated_for_every_sample():
-    net = small_hypernetwork()
-    meta, base = torch.randn(5, 4).double(), torch.randn(5, 6, 3).double()  # T tasks, N samples
-    weights = net.generate(meta)
-    assert weights[0][0].shape == (5, 3, 7) and weights[1][0].shape == (5, 7, 2)
-    per_task = net.dynamic(weights, base)
-    per_sample = net(meta.repeat_interleave(6, 0), base.flatten(0, 1))
-    torch.testing.assert_close(per_task.flatten(0, 1), per_sample, rtol=1e-12, atol=1e-14)
-
-
 def test_under_autocast_b_and_g_are_float32_so_that_1_plus_g_is_not_rounded():
     with torch.autocast("cpu", torch.bfloat16):
         weights = small_hypernetwork().float().generate(torch.randn(5, 4))

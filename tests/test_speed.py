@@ -18,18 +18,17 @@ def rows_of(finished) -> list[list[str]]:
     return rows
 
 
-@pytest.mark.parametrize("script", ["td3", "sac"])
-def test_updates_of_td3_and_sac(run_main, script):
-    sizes = ["--critics", "mlp", "sa-hyper", "--batch-sizes", 2, 4]
-    rows = rows_of(run_main(SCRIPT, script, *TINY, *sizes))
-    names = [("mlp", "2"), ("mlp", "4"), ("sa-hyper", "2"), ("sa-hyper", "4")]
-    assert [tuple(row[:2]) for row in rows] == names
-    assert all(float(cell) > 0 for row in rows for cell in row[2:])
-
-
-def test_updates_of_pearl(run_main):
-    rows = rows_of(run_main(SCRIPT, "pearl", *TINY, "--num-goals", 1))
-    assert [row[:2] for row in rows] == [["mlp", "1"], ["hyper", "1"]]
+@pytest.mark.parametrize(
+    "script, args, sizes",
+    [
+        ("td3", "--critics mlp --batch-sizes 2 4", ["mlp 2", "mlp 4"]),
+        ("sac", "--critics mlp sa-hyper --batch-sizes 2", ["mlp 2", "sa-hyper 2"]),
+        ("pearl", "--num-goals 1", ["mlp 1", "hyper 1"]),
+    ],
+)
+def test_updates_of_td3_sac_and_pearl(run_main, script, args, sizes):
+    rows = rows_of(run_main(SCRIPT, script, *TINY, *args.split()))
+    assert [" ".join(row[:2]) for row in rows] == sizes
     assert all(float(cell) > 0 for row in rows for cell in row[2:])
 
 

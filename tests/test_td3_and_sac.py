@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import reference_td3_sac
 import torch
@@ -133,12 +132,11 @@ def actor_with(mean, log_std) -> sac.Actor:
     return actor
 
 
-@pytest.mark.parametrize("reach", [1.0, 12.0], ids=["inside", "at the bounds"])
-def test_log_probability_of_sac_equals_torch_distributions(reach):
+def test_log_probability_of_sac_equals_torch_distributions_up_to_the_bounds_of_the_actions():
     normal = Normal(torch.tensor([0.3, -0.5]).double(), torch.tensor([0.7, 1.5]).double())
     actor = actor_with(normal.mean, normal.stddev.log())
     torch.manual_seed(0)
-    noise = reach * torch.randn(1000, 2).double()
+    noise = 12 * torch.randn(1000, 2).double()
     action, log_prob = actor.sample(torch.randn(1000, 3).double(), noise)
     tanh = TanhTransform(cache_size=1)  # the cache makes the inverse exact
     squashed = tanh(normal.mean + normal.stddev * noise)
@@ -150,23 +148,6 @@ def test_log_probability_of_sac_equals_torch_distributions(reach):
 def test_log_std_of_sac_is_bounded():
     _, log_std = actor_with([0, 0], [5, -50]).mean_and_log_std(torch.zeros(4, 3).double())
     assert (log_std == torch.tensor([2, -20])).all()
-
-
-def test_replay_buffer_keeps_the_newest_and_survives_its_state_dict():
-    rng = np.random.default_rng(0)
-    buffer = td3.ReplayBuffer(2, 1, capacity=5, device="cpu")
-    for i in range(8):
-        buffer.add([i, i], [10 * i], 100.0 * i, [i + 1, i + 1], i % 2 == 0)
-    again = td3.ReplayBuffer(2, 1, capacity=5, device="cpu")
-    again.load_state_dict(buffer.state_dict())
-    for b in (buffer, again):
-        sample = b.sample(500, rng)
-        i, pair = sample[0][:, :1], torch.ones(2)
-        assert set(i.flatten().tolist()) == {3, 4, 5, 6, 7}
-        expected = i * pair, 10 * i, 100 * i[:, 0], (i + 1) * pair, (i[:, 0] % 2 == 0).float()
-        torch.testing.assert_close(sample, expected)
-        b.add([8, 8], [0], 0.0, [0, 0], False)
-    assert torch.equal(buffer.data, again.data)
 
 
 @SCRIPTS
