@@ -1,4 +1,4 @@
-"""MAML-TRPO: its update against a plain one, the baseline, episodes, bfloat16."""
+"""MAML-TRPO: its update against a plain one, the baseline, episodes, learning, bfloat16."""
 
 import numpy as np
 import pytest
@@ -134,6 +134,23 @@ def test_policies_at_full_size_have_the_parameters_of_the_paper():
     vanilla, context, hyper = (sum(p.numel() for p in x.parameters()) for x in policies)
     assert vanilla == 20 * 100 + 100 + 100 * 100 + 100 + 100 * 6 + 6 + 6
     assert context == vanilla + 100 and 13e6 < hyper < 14e6
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_vanilla_learns_to_adapt_and_context_and_hyper_need_no_adaptation(model):
+    """Unaware of the goal, ±1.5, a point mass has at most -1.5² = -2.25 a step."""
+    torch.manual_seed(1)
+    small = dict(primary_widths=(8,), horizon=10, meta_batch_size=2, cg_iterations=5)
+    args = make_args(model, inner_lr=0.3 if model == "vanilla" else 1e-3, **small)
+    policy, rng = Policy(1, 1, args), np.random.default_rng(1)
+    envs = PointMass("", [-1.5, 1.5], 20, 1, args.horizon)
+    for _ in range(16):
+        rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, envs, rng, args)
+        post = maml_hyper.make_batch(rollouts[-1], args)
+        maml_hyper.update(policy, MetaBatch(pre, steps, post), args)
+    returns = maml_hyper.mean_returns(maml_hyper.adapt_and_sample(policy, envs, rng, args)[0])
+    pre, post = (returns[phase].mean() / args.horizon for phase in ("pre", "post"))
+    assert post > -1 and (pre < -2 if model == "vanilla" else pre > -1)
 
 
 @pytest.mark.parametrize("model", MODELS)
