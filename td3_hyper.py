@@ -398,18 +398,18 @@ def to_float(reward) -> float:
     return float(number.item())
 
 
-def read_value(text):
-    """The number, bool, None, tuple, list or dict that `text` is in Python, else `text` itself.
+def read_value(value):
+    """The number, bool, None, tuple or dict that a string is in Python, else the string itself.
 
-    true, false, none and inf may be in any case. Reading what has been read changes nothing.
+    true, false, none and inf may be in any case; a list becomes a tuple, also one from config.json.
     """
     names = {"true": "True", "false": "False", "none": "None", "inf": "1e999"}
+    words = r"'[^']*'|\"[^\"]*\"|\w+"  # a quoted one stays as it is
     with contextlib.suppress(Exception):
-        words = r"'[^']*'|\"[^\"]*\"|\w+"  # a quoted one stays as it is
-        spelled = re.sub(words, lambda word: names.get(word[0].lower(), word[0]), text)
-        json.dumps(value := ast.literal_eval(spelled))  # config.json must be able to hold it
-        return text if isinstance(value, str) else value
-    return text
+        text = re.sub(words, lambda word: names.get(word[0].lower(), word[0]), value)
+        json.dumps(read := ast.literal_eval(text))  # config.json must be able to hold it
+        value = value if isinstance(read, str) else read
+    return tuple(value) if isinstance(value, list) else value
 
 
 # --------------------------------------------------------------------------------------------------

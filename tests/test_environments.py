@@ -105,7 +105,7 @@ def test_actions_have_the_type_of_the_environment_and_never_leave_its_bounds(dty
     "text, value",
     [
         *(("false", False), ("TRUE", True), ("none", None), ("-5", -5), ("-inf", -math.inf)),
-        *(("(0.7, INF)", (0.7, math.inf)), ("[1, None]", [1, None]), ("{'a': 1e-3}", {"a": 1e-3})),
+        *(("(0.7, INF)", (0.7, math.inf)), ("[1, None]", (1, None)), ("{'a': 1e-3}", {"a": 1e-3})),
         *(("a/none.xml", "a/none.xml"), ("1j", "1j"), ("", ""), ("'1'", "'1'"), ("no", "no")),
     ],
 )
