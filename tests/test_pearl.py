@@ -180,7 +180,7 @@ def test_pearl_finds_the_goal_after_adaptation(run_main, monkeypatch):
     --meta-batch-size 4 --batch-size 32 --context-batch-size 40 --critic-lr 1e-3 --policy-lr 1e-3
     --encoder-lr 3e-3 --kl-weight 0.01 --reward-scale 10 --gamma 0.6 --tau 0.02 --latent-dim 2
     --primary-widths 32 64 --dynamic-width 64 --hyper-init bias --num-iterations"""
-    finished = run_main(SCRIPT, *SMALL, *args.split(), 16)
+    finished = run_main(SCRIPT, *SMALL, *args.split(), 8)
     assert finished.code == 0, finished.err
     (file,) = Path("runs").rglob("eval.csv")
     table = pd.read_csv(file).query("split == 'test' and phase == 'post'")
