@@ -105,10 +105,8 @@ def test_reset_noise_is_that_of_the_table_and_differs_by_seed_slot_and_episode()
     assert abs(envs.qvel).max() > 0.4  # normal
 
 
-def test_nothing_moves_before_its_reset_and_a_mask_resets_these_slots_alone():
+def test_a_mask_resets_these_slots_alone():
     envs = MetaVectorEnv("HalfCheetahVel-v0", [1.0], 4, horizon=3)
-    envs.step(np.ones((4, 6)))
-    assert (envs.qpos == 0).all()
     envs.reset(seed=0)
     for _ in range(3):
         *_, truncated, _ = envs.step(np.ones((4, 6)))
@@ -142,8 +140,3 @@ def test_goals_are_drawn_as_in_the_table(env_id):
             assert low <= goals.min() < low + 0.05 and high - 0.05 < goals.max() <= high
             assert goals.mean() == pytest.approx((low + high) / 2, abs=0.1)
         assert not set(train) & set(test)
-
-
-def test_a_goal_outside_the_family_is_allowed_but_warned_of():
-    with pytest.warns(UserWarning, match=r"goal 3.5 is not in \[0, 3\]"):
-        MetaVectorEnv("HalfCheetahVel-v0", [1.0, 3.5])

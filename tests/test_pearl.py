@@ -1,4 +1,4 @@
-"""PEARL: the posterior, where gradients go, what is collected and scored; the run; learning."""
+"""PEARL: its updates, what is collected and scored, learning."""
 
 import copy
 import math
@@ -59,20 +59,11 @@ def make_collecting(**options):
     return agent, args, tasks, run
 
 
-def inputs_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    """What the module is called with from now on."""
-    seen = []
-    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    return seen
-
-
-def test_the_policys_log_std_is_bounded_and_the_encoders_variance_never_zero():
+def test_the_policys_log_std_is_bounded():
     agent, args = make_agent()
     task = agent.policy.generate(torch.randn(T, args.latent_dim))
     _, log_std = agent.policy.dynamic(task, 1e6 * torch.randn(T, N, OBS))
     assert log_std.min() == -20 and log_std.max() == 2
-    agent.encoder.net.layers[-1].bias.data -= 200
-    assert (agent.encoder(torch.randn(T, 1, OBS + ACTION + 1))[1] > 0).all()
 
 
 @MODELS
@@ -103,16 +94,13 @@ def test_bfloat16_has_the_losses_and_gradients_of_float32(model):
     assert_close_in_bfloat16(losses, [agent.q, agent.v, agent.policy])
 
 
-def test_the_oracle_is_the_goal_and_has_nothing_to_adapt():
-    agent, args, tasks, run = make_collecting(context="oracle")
+def test_the_oracle_knows_the_goal_of_the_rewards():
+    _, args, tasks, run = make_collecting(context="oracle")
     run(PointMass("", GOALS, 2), np.arange(3), 40, posterior=False)
     batch = pearl.sample_batch(tasks, np.random.default_rng(0), args)
     assert batch.z_input.shape == (T, 1) and set(batch.z_input.flatten().tolist()) <= {*GOALS}
     reward = -(batch.next_obs.squeeze(-1) - batch.z_input).square()
     torch.testing.assert_close(batch.reward, reward, atol=1e-5, rtol=0)  # of the task of the goal
-    latents, envs = inputs_of(agent.policy.net.primary), PointMass("", [0.5, 2.0], 2)
-    assert list(pearl.evaluate(agent, envs, args)) == ["post"] and len(envs.rollouts) == 1
-    assert latents[0].flatten().tolist() == [0.5, 0.5, 2.0, 2.0]
 
 
 def test_buffer_samples_the_tasks_asked_for_and_keeps_the_last_transitions():
@@ -126,8 +114,6 @@ def test_buffer_samples_the_tasks_asked_for_and_keeps_the_last_transitions():
     buffer.clear(0)
     buffer.add(0, torch.full((1, 3), -2.0))
     assert (buffer.sample(np.array([0]), 50, rng)[0] == -2).all()
-    buffer.add(1, torch.arange(50).float()[:, None].expand(-1, 3))  # more than it holds
-    assert sorted(buffer.data[1][:, 0].tolist()) == [*range(40, 50)]
 
 
 def test_trajectories_that_end_early_are_whole_and_others_follow_them():
@@ -146,12 +132,11 @@ def test_trajectories_that_end_early_are_whole_and_others_follow_them():
 def test_evaluation_takes_the_whole_context_wherever_trajectories_end():
     agent, args = make_agent(1, 1)
     agent.policy.dynamic = lambda _, obs: (0.5 * obs, obs * 0)
-    envs, contexts = PointMass("", [0.5, 2.0], 2, edge=0.3), inputs_of(agent.encoder)
+    envs, shapes = PointMass("", [0.5, 2.0], 2, edge=0.3), []
+    agent.encoder.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     pearl.evaluate(agent, envs, args)
-    first, second, _ = envs.rollouts
-    lengths = [*(first.lengths + second.lengths)]
-    assert [context.shape for context in contexts] == [(1, length, 3) for length in lengths]
-    assert len({*lengths}) > 1
+    lengths = envs.rollouts[0].lengths + envs.rollouts[1].lengths
+    assert shapes == [(1, length, 3) for length in lengths] and np.ptp(lengths) > 0
 
 
 def test_the_defaults_are_those_of_the_family_and_of_the_model_unless_given():

@@ -12,12 +12,9 @@ ACTIONS = gym.spaces.Box(np.float32([0, -3]), np.float32([5, 7]))
 
 
 class Clock(gym.Env):
-    """Counts its steps: observation (episode, step), reward 1 + action[0]; may break on purpose.
+    """Counts its steps: observation (episode, step), reward 1 + action[0]; may break on purpose."""
 
-    All observations are one array, which it changes in place.
-    """
-
-    array = np.zeros(2, np.float32)
+    array = np.zeros(2, np.float32)  # returned as every observation, and changed in place
     action_space = ACTIONS
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
 
@@ -42,7 +39,7 @@ class Clock(gym.Env):
 
 
 class Typed(Clock):
-    """Has observations, rewards and flags of other types than MuJoCo's."""
+    """Terminates; has observations, rewards and flags of other types than MuJoCo's."""
 
     def __init__(self, obs="float32", reward="float"):
         super().__init__(terminate_after=5)
@@ -179,7 +176,6 @@ class PointMass:
 
 
 gym.register("group/Truncating-v0", Clock, max_episode_steps=5)
-gym.register("Terminating-v0", Clock, kwargs={"terminate_after": 5}, max_episode_steps=50)
 gym.register("Typed-v0", Typed, max_episode_steps=50)
 gym.register("Broken-v0", Broken)
 gym.register("Image-v0", Image)
