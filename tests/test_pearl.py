@@ -21,7 +21,6 @@ SMALL = [*PEARL, "--env-id", "HalfCheetahVel-v0", "--num-iterations", 3]
 OBS, ACTION, T, N, M = 4, 2, 3, 5, 7
 GOALS = np.array([-1.0, 0.5, 2.0])
 MODELS = pytest.mark.parametrize("model", ["mlp", "hyper"])
-CONTEXTS = pytest.mark.parametrize("context", ["learned", "oracle"])
 
 
 def make_agent(obs_dim=OBS, action_dim=ACTION, **options) -> tuple[pearl.Agent, pearl.Args]:
@@ -48,7 +47,7 @@ def make_batch(args: pearl.Args, seed: int = 1) -> tuple:
 
 
 def make_collecting(**options):
-    """A small agent for a `PointMass`, the tasks of GOALS, and collect() with both."""
+    """The tasks of GOALS, and collect() of them by a small agent for a `PointMass`."""
     agent, args = make_agent(1, 1, **options)
     buffers = (pearl.ReplayBuffer(3, w, args.buffer_size, "cpu") for w in ((1,) * 5, (3,)))
     tasks, rng = pearl.Tasks(GOALS, *buffers), np.random.default_rng(0)
@@ -56,7 +55,7 @@ def make_collecting(**options):
     def run(envs, chosen, num_steps, posterior):
         return pearl.collect(agent, envs, tasks, chosen, num_steps, rng, args, posterior=posterior)
 
-    return agent, args, tasks, run
+    return args, tasks, run
 
 
 def test_the_policys_log_std_is_bounded():
@@ -67,7 +66,7 @@ def test_the_policys_log_std_is_bounded():
 
 
 @MODELS
-@CONTEXTS
+@pytest.mark.parametrize("context", ["learned", "oracle"])
 def test_updates_are_those_of_the_paper(model, context):
     options = dict(gamma=0.9, tau=0.3, kl_weight=0.3, policy_reg=0.01, reward_scale=3.0)
     agent, args = make_agent(model=model, context=context, **options)
@@ -95,7 +94,7 @@ def test_bfloat16_has_the_losses_and_gradients_of_float32(model):
 
 
 def test_the_oracle_knows_the_goal_of_the_rewards():
-    _, args, tasks, run = make_collecting(context="oracle")
+    args, tasks, run = make_collecting(context="oracle")
     run(PointMass("", GOALS, 2), np.arange(3), 40, posterior=False)
     batch = pearl.sample_batch(tasks, np.random.default_rng(0), args)
     assert batch.z_input.shape == (T, 1) and set(batch.z_input.flatten().tolist()) <= {*GOALS}
@@ -117,7 +116,7 @@ def test_buffer_samples_the_tasks_asked_for_and_keeps_the_last_transitions():
 
 
 def test_trajectories_that_end_early_are_whole_and_others_follow_them():
-    _, _, tasks, run = make_collecting()
+    _, tasks, run = make_collecting()
     envs = PointMass("", GOALS, 2, edge=0.5)
     steps = run(envs, np.arange(3), 40, posterior=False)
     assert steps == sum(tasks.buffer.added) and len(envs.rollouts) > 1

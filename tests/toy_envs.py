@@ -41,7 +41,7 @@ class Clock(gym.Env):
 class Typed(Clock):
     """Terminates; has observations, rewards and flags of other types than MuJoCo's."""
 
-    def __init__(self, obs="float32", reward="float"):
+    def __init__(self, reward, obs="float32"):
         super().__init__(terminate_after=5)
         self.observation_space = gym.spaces.Box(0, 100, (2,), np.dtype(obs).type)
         self.array, self.reward = np.zeros(2, obs), reward
@@ -49,7 +49,6 @@ class Typed(Clock):
     def step(self, action):
         obs, reward, terminated, truncated, info = super().step(action)
         reward = {
-            "float": float,
             "int": int,
             "bool": lambda reward: np.bool_(reward > 3),
             "array": lambda reward: np.array([reward]),
