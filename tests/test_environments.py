@@ -45,7 +45,6 @@ TOY += ["--eval-every", 10, "--eval-episodes", 1, "--checkpoint-every", 1]
 @pytest.mark.parametrize(
     "env, kwargs",
     [
-        ("Terminating", []),
         ("group/Truncating", []),
         ("Typed", ["obs", "float64", "reward", "int"]),
         ("Typed", ["obs", "int64", "reward", "bool"]),
@@ -57,36 +56,29 @@ def test_transitions_are_stored_and_truncation_is_no_termination(run_main, scrip
     finished = run_main(ROOT / script, *options)
     assert finished.code == 0, finished.err
     # The id, with a module and a namespace, is one level of the run directory
-    name = f"toy_envs-{env.replace('/', '-')}-v0"
-    run_dir = Path("runs", script.removesuffix(".py"), name, "mlp", "seed1")
-    data = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]["data"]
+    (file,) = Path("runs").glob(f"*/toy_envs-{env.replace('/', '-')}-v0/mlp/seed1/checkpoint.pt")
+    data = torch.load(file, weights_only=True)["buffer"]["data"]
     obs, action, reward, next_obs, terminated = data.split((2, 2, 1, 2, 1), -1)
     steps, episodes = torch.arange(20) % 5, torch.arange(20) // 5 + 1
     assert (obs == torch.stack([episodes, steps], -1)).all()
     # The real next observation, also at the end of an episode, and never that of the next reset
     assert (next_obs == torch.stack([episodes, steps + 1], -1)).all()
-    assert (terminated[:, 0] == ((env in ("Terminating", "Typed")) & (steps == 4))).all()
+    assert (terminated[:, 0] == ((env == "Typed") & (steps == 4))).all()
     assert (action.abs() <= 1).all() and action.abs().max() > 0.5
     expected = 1 + 2.5 + 2.5 * action[:, 0]  # [-1, 1] is [0, 5]
     if "int" in kwargs or "bool" in kwargs:
         expected = (expected.int() if "int" in kwargs else expected > 3).float()
     torch.testing.assert_close(reward[:, 0], expected)
-    rows = [row.split(",") for row in (run_dir / "eval.csv").read_text().splitlines()[1:]]
-    assert [(row[0], row[3]) for row in rows] == [(str(n), "5") for n in (0, 10, 20, 23)]
 
 
 # In what follows TD3 stands for SAC, which makes its environment in the same words.
 def test_an_environment_without_a_time_limit_gets_a_warning_whose_advice_works(run_main):
-    env = ["--env-id", "toy_envs:Endless-v0", *TOY, "--env-kwargs"]
-    finished = run_main(ROOT / "td3_hyper.py", *env, "max_episode_steps", "5")
-    assert finished.code == 0 and "warning: toy_envs" not in finished.err
-    (file,) = Path("runs").rglob("checkpoint.pt")
-    assert torch.load(file, weights_only=True)["step"] == 20
-    # An environment may also end by itself, so it is only a warning, given once
-    env += ["terminate_after", "5", "--runs-dir", "ends_by_itself"]
-    finished = run_main(ROOT / "td3_hyper.py", *env)
     hint = "no time limit; if an episode may never end, add --env-kwargs max_episode_steps 1000"
-    assert finished.code == 0 and finished.err.count(hint) == 1
+    # An environment may also end by itself, so it is only a warning
+    for seed, word, warned in ((1, "terminate_after", True), (2, "max_episode_steps", False)):
+        args = ["--env-id", "toy_envs:Clock-v0", *TOY, "--seed", seed, "--env-kwargs", word, 5]
+        finished = run_main(ROOT / "td3_hyper.py", *args)
+        assert finished.code == 0 and (hint in finished.err) is warned
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -106,7 +98,7 @@ def test_actions_have_the_type_of_the_environment_and_never_leave_its_bounds(dty
     [
         *(("false", False), ("TRUE", True), ("none", None), ("-5", -5), ("-inf", -math.inf)),
         *(("(0.7, INF)", (0.7, math.inf)), ("[1, None]", (1, None)), ("{'a': 1e-3}", {"a": 1e-3})),
-        *(("a/none.xml", "a/none.xml"), ("1j", "1j"), ("", ""), ("'1'", "'1'"), ("no", "no")),
+        *(("a/none.xml", "a/none.xml"), ("1j", "1j"), ("", "")),
     ],
 )
 def test_the_environments_arguments_are_read_as_python_values(text, value):
@@ -126,29 +118,27 @@ def test_the_environment_gets_its_arguments():
 
 
 def test_environments_are_closed_at_the_end_and_when_the_script_stops_or_refuses(run_main):
-    for code, closed, *args in (
-        (0, "xx", "Closing-v0", *TOY),
-        (2, "xx", "Closing-v0", *TOY, "--batch-size", 5),  # the run directory holds another run
-        (1, "xx", "Closing-v0", *TOY, "--seed", 2, "--env-kwargs", "bad_reward_at", 15),
-        (2, "x", "Integer-v0"),
+    for code, *args in (
+        (0,),
+        (2, "--batch-size", 5),  # the run directory holds another run
+        (1, "--seed", 2, "--env-kwargs", "bad_reward_at", 15),
     ):
-        Path("closed").write_text("")
-        args[0] = f"toy_envs:{args[0]}"
-        assert run_main(ROOT / "td3_hyper.py", "--env-id", *args).code == code
-        assert Path("closed").read_text() == closed, args
+        args = ["--env-id", "toy_envs:Closing-v0", *TOY, *args]
+        assert run_main(ROOT / "td3_hyper.py", *args).code == code
+        assert Path("closed").read_text() == "xx", args
+        Path("closed").unlink()
 
 
 def test_an_environment_that_draws_from_the_global_generators_repeats(run_main):
     for runs in ("one", "two"):
         args = ["--env-id", "toy_envs:Closing-v0", *TOY, "--runs-dir", runs]
         assert run_main(ROOT / "sac_hyper.py", *args).code == 0
-    one, two = (next(Path(runs).rglob("eval.csv")).read_text() for runs in ("one", "two"))
+    one, two = (file.read_text() for file in Path().rglob("eval.csv"))
     assert one == two
 
 
 def test_a_module_in_the_current_folder_is_found(run_main):
-    code = "import gymnasium, toy_envs\n"
-    code += "gymnasium.register('Mine-v0', toy_envs.Clock, max_episode_steps=5)"
+    code = "import gymnasium; gymnasium.register('Mine-v0', 'toy_envs:Clock', max_episode_steps=5)"
     Path("my_module.py").write_text(code)
     assert run_main(ROOT / "td3_hyper.py", "--env-id", "my_module:Mine-v0", *TOY).code == 0
 
@@ -161,15 +151,12 @@ def test_a_module_in_the_current_folder_is_found(run_main):
         ("no_such_module:Env-v0", ["no_such_module"]),
         ("CartPole-v1", ["needs flat observations and flat, bounded actions", "Discrete(2)"]),
         ("toy_envs:Image-v0", ["Box(0, 255, (8, 8, 3)"]),
-        ("toy_envs:Unbounded-v0", ["bounded actions: Box(-1.0, 1.0, (2,), float32), Box(-inf"]),
+        ("toy_envs:Unbounded-v0", ["flat, bounded actions: Box(-inf, inf, (2,)"]),
         ("toy_envs:Integer-v0", ["actions of a float type, not int32"]),
         ("toy_envs:Constant-v0", ["neither equal nor huge: Box([-1. 1.], 1.0, (2,), float32)"]),
         ("toy_envs:Huge-v0", ["neither equal nor huge: Box(-2e+38,"]),
-        ("toy_envs:Huge16-v0", ["neither equal nor huge", "float16"]),
         ("Hopper-v4 --env-kwargs no_such 1", ["--env-kwargs", "no_such", "(TypeError at "]),
-        ("toy_envs:Broken-v0 --env-kwargs error any", ["'gravity' (KeyError at ", "toy_envs.py:"]),
-        ("toy_envs:Broken-v0 --env-kwargs error assertion", ["(AssertionError at "]),
-        ("toy_envs:Broken-v0 --env-kwargs error Gymnasium's", ["}: no licence"]),
+        ("toy_envs:Broken-v0", ["'gravity' (KeyError at ", "toy_envs.py:"]),
         ("toy_envs:Typed-v0 --env-kwargs reward vector", ["must be one number, not array(["]),
         ("toy_envs:Typed-v0 --env-kwargs reward text", ["must be one number, not '"]),
     ],

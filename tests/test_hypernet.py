@@ -1,16 +1,12 @@
 """hypernet.py against NumPy, finite differences and the paper's numbers."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from helpers import CRITICS, ROOT
 
-from hypernet import CudaGraph, HyperNetwork, make_critic, tune
+from hypernet import HyperNetwork, make_critic
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +55,8 @@ def test_under_autocast_b_and_g_are_float32_so_that_1_plus_g_is_not_rounded():
 
 @pytest.mark.parametrize("meta_dim", [1, 11])
 def test_paper_init_generates_weights_like_kaiming_uniform(meta_dim):
-    net = HyperNetwork(meta_dim, 3, 1, init="paper")
-    with torch.no_grad():
-        hidden, output = net.generate(torch.randn(500, meta_dim))
-    for (W, b, g), fan_in in ((hidden, 3), (output, 256)):
+    weights = HyperNetwork(meta_dim, 3, 1, init="paper").generate(torch.randn(500, meta_dim))
+    for (W, b, g), fan_in in zip(weights, (3, 256)):
         kaiming = torch.nn.init.kaiming_uniform_(torch.empty(10_000, fan_in)).std()
         assert W.std().item() == pytest.approx(kaiming.item(), rel=0.2)
         assert b.square().mean().sqrt() < 0.2 * kaiming and g.square().mean().sqrt() < 0.2 * kaiming
@@ -95,8 +89,8 @@ def test_released_init_has_the_published_constants():
 @pytest.mark.parametrize(
     "name, dims, parameters",
     [
-        ("mlp", (11, 3), 69_889),  # 15*256 + 257*256 + 257
-        ("mlp-small", (11, 3), 4_097),  # 15*256 + 257
+        ("mlp", (11, 3), 69_889),
+        ("mlp-small", (11, 3), 4_097),
         ("mlp-large", (11, 3), 8_459_301),  # paper: 9M
         ("resnet35", (11, 3), 4_609_537),  # paper: 4.5M
         ("sa-hyper", (11, 3), 7_748_610),
@@ -106,19 +100,6 @@ def test_released_init_has_the_published_constants():
 def test_parameter_counts(name, dims, parameters):
     critic = make_critic(name, *dims)
     assert sum(p.numel() for p in critic.parameters()) == parameters
-
-
-SMALL = dict(primary_widths=(8, 16), dynamic_width=8)
-
-
-@pytest.mark.parametrize("name", CRITICS)
-def test_every_critic_is_a_q_function_of_obs_and_action(name):
-    critic = make_critic(name, 5, 2, **SMALL).double()
-    obs, action = torch.randn(6, 5).double(), torch.randn(6, 2).double().requires_grad_(True)
-    assert critic(obs, action).shape == (6,)
-    assert not torch.allclose(critic(obs, action), critic(obs.roll(1, 0), action))
-    # The gradient that the actor follows, against finite differences
-    assert torch.autograd.gradcheck(lambda a: critic(obs, a), action, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -145,40 +126,13 @@ def test_concatenating_critics_equal_numpy(name, num_hidden):
 
 def test_hyper_critics_differ_in_which_input_is_meta_and_features_feed_a_single_hidden_layer():
     obs, action = torch.randn(3, 5).double(), torch.randn(3, 2).double()
+    small = dict(primary_widths=(8, 16), dynamic_width=8)
     for name, inputs in (("sa-hyper", (obs, action)), ("as-hyper", (action, obs))):
-        critic = make_critic(name, 5, 2, **SMALL).double()
+        critic = make_critic(name, 5, 2, **small).double()
         torch.testing.assert_close(critic(obs, action), critic.hyper(*inputs).squeeze(-1))
-    features = make_critic("resnet-features", 5, 2, **SMALL).double()
+    features = make_critic("resnet-features", 5, 2, **small).double()
     hidden, output = features.critic.net[0], features.critic.net[2]
     assert hidden.weight.shape == (256, 16 + 2) and output.weight.shape == (1, 256)
     latent = features.features(obs)
     expected = output(torch.relu(hidden(torch.cat([latent, action], -1)))).squeeze(-1)
     torch.testing.assert_close(features(obs, action), expected)
-
-
-def test_tuned_matrix_products_are_accurate_and_slow_bfloat16_is_said(monkeypatch, capsys):
-    for native, warned in ((True, False), (False, True)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda n=native: {"avx512_bf16": n})
-        tune("cpu", "bfloat16")
-        assert ("no bfloat16 arithmetic" in capsys.readouterr().err) is warned
-        tune("cpu", "float32")
-        assert not capsys.readouterr().err
-    a = torch.randn(512, 512)
-    torch.testing.assert_close((a @ a).double(), a.double() @ a.double(), rtol=1e-3, atol=1e-3)
-
-
-def test_tune_treats_denormals_as_zero_in_every_thread():
-    code = "import hypernet, torch; hypernet.tune('cpu', 'float32'); "
-    code += "print(torch.get_num_threads(), (torch.full((2**20,), 2e-38) * 0.25).count_nonzero())"
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.stdout == "2 tensor(0)\n"
-
-
-def test_a_cuda_graphs_first_calls_get_contiguous_tensors_like_the_recorded_ones():
-    rows, graph = torch.randn(4, 6), CudaGraph(lambda *inputs: inputs)
-    for _ in range(3):
-        pair, single = graph(rows.split(3, -1), rows[:, 1])
-        assert pair[1].is_contiguous() and torch.equal(pair[1], rows[:, 3:])
-        assert single.is_contiguous() and torch.equal(single, rows[:, 1])

@@ -1,4 +1,4 @@
-"""PEARL: the posterior, where gradients go, what is collected and scored; the run; learning."""
+"""PEARL: its updates, what is collected and scored, learning."""
 
 import copy
 import math
@@ -10,8 +10,6 @@ import pytest
 import reference_pearl
 import torch
 from helpers import PEARL, ROOT, assert_close_in_bfloat16, assert_refused, assert_same_weights
-from torch.distributions import Independent, Normal, TransformedDistribution
-from torch.distributions.transforms import TanhTransform
 from toy_envs import PointMass
 
 import meta_envs
@@ -23,7 +21,6 @@ SMALL = [*PEARL, "--env-id", "HalfCheetahVel-v0", "--num-iterations", 3]
 OBS, ACTION, T, N, M = 4, 2, 3, 5, 7
 GOALS = np.array([-1.0, 0.5, 2.0])
 MODELS = pytest.mark.parametrize("model", ["mlp", "hyper"])
-CONTEXTS = pytest.mark.parametrize("context", ["learned", "oracle"])
 
 
 def make_agent(obs_dim=OBS, action_dim=ACTION, **options) -> tuple[pearl.Agent, pearl.Args]:
@@ -50,7 +47,7 @@ def make_batch(args: pearl.Args, seed: int = 1) -> tuple:
 
 
 def make_collecting(**options):
-    """A small agent for a `PointMass`, the tasks of GOALS, and collect() with both."""
+    """The tasks of GOALS, and collect() of them by a small agent for a `PointMass`."""
     agent, args = make_agent(1, 1, **options)
     buffers = (pearl.ReplayBuffer(3, w, args.buffer_size, "cpu") for w in ((1,) * 5, (3,)))
     tasks, rng = pearl.Tasks(GOALS, *buffers), np.random.default_rng(0)
@@ -58,38 +55,18 @@ def make_collecting(**options):
     def run(envs, chosen, num_steps, posterior):
         return pearl.collect(agent, envs, tasks, chosen, num_steps, rng, args, posterior=posterior)
 
-    return agent, args, tasks, run
+    return args, tasks, run
 
 
-def inputs_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    """What the module is called with from now on."""
-    seen = []
-    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    return seen
-
-
-def test_log_probability_equals_torch_distributions_up_to_the_bounds_of_the_actions():
-    torch.manual_seed(0)
-    mean, log_std, noise = torch.randn(3, T, N, ACTION).double()
-    normal, transform = Normal(mean, log_std.exp()), TanhTransform(cache_size=1)  # exact inverse
-    u = mean + log_std.exp() * 12 * noise
-    squashed = TransformedDistribution(Independent(normal, 1), transform)
-    log_prob = pearl.log_prob(u, 12 * noise, log_std)
-    torch.testing.assert_close(log_prob, squashed.log_prob(transform(u)))
-
-
-@MODELS
-def test_the_policys_log_std_is_bounded_and_the_encoders_variance_never_zero(model):
-    agent, args = make_agent(model=model)
+def test_the_policys_log_std_is_bounded():
+    agent, args = make_agent()
     task = agent.policy.generate(torch.randn(T, args.latent_dim))
     _, log_std = agent.policy.dynamic(task, 1e6 * torch.randn(T, N, OBS))
     assert log_std.min() == -20 and log_std.max() == 2
-    agent.encoder.net.layers[-1].bias.data -= 200
-    assert (agent.encoder(torch.randn(T, 1, OBS + ACTION + 1))[1] > 0).all()
 
 
 @MODELS
-@CONTEXTS
+@pytest.mark.parametrize("context", ["learned", "oracle"])
 def test_updates_are_those_of_the_paper(model, context):
     options = dict(gamma=0.9, tau=0.3, kl_weight=0.3, policy_reg=0.01, reward_scale=3.0)
     agent, args = make_agent(model=model, context=context, **options)
@@ -97,11 +74,8 @@ def test_updates_are_those_of_the_paper(model, context):
     expected = reference_pearl.pearl(agent, batches, 0.01, args)
     names = pearl.make_optimizers(agent, args)
     optimizers = {n: torch.optim.SGD(getattr(agent, n).parameters(), 0.01) for n in names}
-    latents = inputs_of(agent.policy.net.primary) if model == "hyper" else []
     for batch, z_noise, noise in batches:
-        losses = pearl.update(agent, optimizers, batch, z_noise, noise, args)
-    assert not any(loss.requires_grad for loss in losses.values())
-    assert all(len(z) == T for z in latents)  # the weights of a task's policy are made once
+        pearl.update(agent, optimizers, batch, z_noise, noise, args)
     assert_same_weights(agent, expected, before)
 
 
@@ -119,24 +93,16 @@ def test_bfloat16_has_the_losses_and_gradients_of_float32(model):
     assert_close_in_bfloat16(losses, [agent.q, agent.v, agent.policy])
 
 
-def test_the_oracle_is_the_goal_with_no_encoder_no_kl_and_nothing_to_adapt():
-    agent, args, tasks, run = make_collecting(context="oracle")
-    for posterior in (False, True):
-        run(PointMass("", GOALS, 2), np.arange(3), 40, posterior)
-    assert tasks.encoder_buffer.added == [0, 0, 0]
+def test_the_oracle_knows_the_goal_of_the_rewards():
+    args, tasks, run = make_collecting(context="oracle")
+    run(PointMass("", GOALS, 2), np.arange(3), 40, posterior=False)
     batch = pearl.sample_batch(tasks, np.random.default_rng(0), args)
     assert batch.z_input.shape == (T, 1) and set(batch.z_input.flatten().tolist()) <= {*GOALS}
     reward = -(batch.next_obs.squeeze(-1) - batch.z_input).square()
     torch.testing.assert_close(batch.reward, reward, atol=1e-5, rtol=0)  # of the task of the goal
-    z, kl = pearl.infer(agent, batch.z_input, torch.randn(T, 5))
-    assert agent.encoder is None and kl == 0 and torch.equal(z, batch.z_input)
-
-    latents, envs = inputs_of(agent.policy.net.primary), PointMass("", [0.5, 2.0], 2)
-    assert list(pearl.evaluate(agent, envs, args)) == ["post"] and len(envs.rollouts) == 1
-    assert latents[0].flatten().tolist() == [0.5, 0.5, 2.0, 2.0]
 
 
-def test_buffer_samples_the_tasks_asked_for_keeps_the_last_transitions_and_grows_with_them():
+def test_buffer_samples_the_tasks_asked_for_and_keeps_the_last_transitions():
     buffer, rng = pearl.ReplayBuffer(2, (1, 2), capacity=10, device="cpu"), np.random.default_rng(0)
     for i in range(0, 14, 2):
         buffer.add(1, torch.arange(i, i + 2).float()[:, None].expand(-1, 3))
@@ -147,16 +113,10 @@ def test_buffer_samples_the_tasks_asked_for_keeps_the_last_transitions_and_grows
     buffer.clear(0)
     buffer.add(0, torch.full((1, 3), -2.0))
     assert (buffer.sample(np.array([0]), 50, rng)[0] == -2).all()
-    buffer.add(1, torch.arange(50).float()[:, None].expand(-1, 3))  # more than it holds
-    assert sorted(buffer.data[1][:, 0].tolist()) == [*range(40, 50)]
-    buffer = pearl.ReplayBuffer(2, (48,), capacity=1_000_000, device="cpu")
-    for _ in range(10):
-        buffer.add(1, torch.zeros(200, 48))
-    assert len(buffer.data[0]) == 0 and 2000 <= len(buffer.data[1]) <= 4000
 
 
 def test_trajectories_that_end_early_are_whole_and_others_follow_them():
-    _, _, tasks, run = make_collecting()
+    _, tasks, run = make_collecting()
     envs = PointMass("", GOALS, 2, edge=0.5)
     steps = run(envs, np.arange(3), 40, posterior=False)
     assert steps == sum(tasks.buffer.added) and len(envs.rollouts) > 1
@@ -168,19 +128,14 @@ def test_trajectories_that_end_early_are_whole_and_others_follow_them():
         assert (obs[1:] != next_obs[:-1])[terminated[:-1].bool()].all()
 
 
-def test_evaluation_takes_the_whole_context_and_the_same_starts_wherever_trajectories_end():
-    starts = []
-    for slope, lengths_differ in ((0.5, True), (9.0, True), (0.0, False)):
-        agent, args = make_agent(1, 1)
-        agent.policy.dynamic = lambda _, obs, k=slope: (k * obs, obs * 0)
-        envs, contexts = PointMass("", [0.5, 2.0], 2, edge=0.3), inputs_of(agent.encoder)
-        pearl.evaluate(agent, envs, args)
-        first, second, _ = envs.rollouts
-        shapes = [(1, length, 3) for length in first.lengths + second.lengths]
-        assert [context.shape for context in contexts] == shapes
-        assert (len({*shapes}) > 1) == lengths_differ
-        starts.append([rollout.obs[0] for rollout in envs.rollouts])
-    assert np.ptp(starts, axis=0).max() == 0
+def test_evaluation_takes_the_whole_context_wherever_trajectories_end():
+    agent, args = make_agent(1, 1)
+    agent.policy.dynamic = lambda _, obs: (0.5 * obs, obs * 0)
+    envs, shapes = PointMass("", [0.5, 2.0], 2, edge=0.3), []
+    agent.encoder.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    pearl.evaluate(agent, envs, args)
+    lengths = envs.rollouts[0].lengths + envs.rollouts[1].lengths
+    assert shapes == [(1, length, 3) for length in lengths] and np.ptp(lengths) > 0
 
 
 def test_the_defaults_are_those_of_the_family_and_of_the_model_unless_given():
@@ -191,23 +146,9 @@ def test_the_defaults_are_those_of_the_family_and_of_the_model_unless_given():
     assert (hyper.num_train_goals, hyper.meta_batch_size) == (2, 4)
 
 
-def test_non_finite_losses_weights_and_rewards_stop_the_run(run_main, monkeypatch):
+def test_non_finite_losses_and_rewards_stop_the_run(run_main):
     finished = run_main(SCRIPT, *SMALL, "--reward-scale", 1e18, "--critic-lr", 1e18)
     assert_refused(finished, "kl is not finite at iteration 0", code=1)
-
-    step = torch.optim.Adam.step
-
-    def ruin(optimizer):  # the losses, which are those before the step, do not tell
-        step(optimizer)
-        if optimizer.defaults["lr"] == 0.5:
-            optimizer.param_groups[0]["params"][0].data *= math.nan
-
-    monkeypatch.setattr(torch.optim.Adam, "step", ruin)
-    finished = run_main(SCRIPT, *SMALL, "--seed", 2, "--policy-lr", 0.5, "--num-train-steps", 1)
-    assert_refused(finished, "weight is not finite at iteration 0", code=1)
-    for checkpoint in Path().rglob("checkpoint.pt"):
-        assert torch.load(checkpoint, weights_only=True)["step"] == 0
-
     agent, args = make_agent(1, 1)
     with pytest.raises(SystemExit, match="1"):
         pearl.evaluate(agent, PointMass("", [0.5, math.nan], 1), args)
@@ -223,12 +164,8 @@ def test_pearl_finds_the_goal_after_adaptation(run_main, monkeypatch):
     --meta-batch-size 4 --batch-size 32 --context-batch-size 40 --critic-lr 1e-3 --policy-lr 1e-3
     --encoder-lr 3e-3 --kl-weight 0.01 --reward-scale 10 --gamma 0.6 --tau 0.02 --latent-dim 2
     --primary-widths 32 64 --dynamic-width 64 --hyper-init bias --num-iterations"""
-    for iterations in (4, 8, 12, 16):  # each goes on where the last one ended
-        finished = run_main(SCRIPT, *SMALL, *args.split(), iterations)
-        assert finished.code == 0, finished.err
-        (file,) = Path("runs").rglob("eval.csv")
-        table = pd.read_csv(file).query("split == 'test' and phase == 'post'")
-        returns = table.groupby("iteration")["return"].mean()
-        if returns.max() > -12:
-            break
-    assert returns.max() > -12
+    finished = run_main(SCRIPT, *SMALL, *args.split(), 8)
+    assert finished.code == 0, finished.err
+    (file,) = Path("runs").rglob("eval.csv")
+    table = pd.read_csv(file).query("split == 'test' and phase == 'post'")
+    assert table.groupby("iteration")["return"].mean().max() > -12
