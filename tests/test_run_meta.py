@@ -38,9 +38,7 @@ def test_they_train_on_every_family_with_goals_of_its_split(run_main, name, env_
         ("pearl", "mlp-oracle", ["--context", "oracle"], ["post"], [0, 160, 208], "q_loss"),
     ],
 )
-def test_run_directory_holds_what_the_readme_says(
-    run_main, name, model, args, phases, env_steps, loss
-):
+def test_run_directory_is_as_in_the_readme(run_main, name, model, args, phases, env_steps, loss):
     args = ["--model", model.split("-")[0], "--eval-every", 2, "--save-every", 2, *args]
     assert run(run_main, name, 3, *args).code == 0
     (run_dir,) = Path("runs", f"{name}_hyper").glob(f"*/{model}/seed1")
