@@ -138,11 +138,11 @@ def test_the_runs_share_cores_and_gpus_unless_the_user_chooses_a_gpu(folder):
         (2, [], {"CUDA_VISIBLE_DEVICES": "3"}, {"3\n"}),
         (3, ["--device", "cuda:1"], {}, {"None\n"}),
     ):
-        args = ["--only", f"td3.*Hopper-v4.*hyper --seed {seed}", "--jobs", 2, "--", *options]
+        args = ["--only", f"td3.*Hopper-v4.*(hyper|35) --seed {seed}", "--jobs", 3, "--", *options]
         assert benchmark(folder, *args, **variables).code == 0
         assert {*(folder / "gpus").open()} == gpus
         (folder / "gpus").unlink()
-    assert {line.split()[0] for line in open(folder / "tries")} == {"4"}  # threads
+    assert {line.split()[0] for line in open(folder / "tries")} == {"2"}  # threads
 
 
 def test_what_follows_the_dashes_goes_to_the_scripts_and_says_where_the_runs_are(folder):
