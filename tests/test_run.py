@@ -2,7 +2,6 @@
 for the others where they have the same code."""
 
 import errno
-import importlib.util
 import json
 import os
 import random
@@ -47,7 +46,7 @@ def run_of_400(run_main, trained) -> None:
 @pytest.mark.parametrize(
     "name, args, steps, moments",
     [
-        ("td3_hyper", small(2000), 2000, ["half", 1, None, 2, None, 3, None, "half", None, None]),
+        ("td3_hyper", small(2000), 2000, [1, None, 2, None, 3, None, None]),
         # Before the 8th rename, which puts the fourth checkpoint in place
         ("sac_hyper", [*small(400), "--precision", "bfloat16"], 400, [8]),
         ("maml_hyper", [*MAML, "--num-iterations", 5, "--checkpoint-every", 1], 5, [8]),
@@ -72,7 +71,6 @@ def test_a_killed_run_ends_like_one_never_killed(run_main, name, args, steps, mo
     assert re.search(r" [1-9]\d* of", finished.out)
     (run_dir,) = Path("runs").glob("*/*/*/seed1")
     assert_same_run(run_dir, Path("whole", *run_dir.parts[1:]), steps)
-    assert_refused(run_main(script, *args, "--gamma", 0.5), "gamma was 0.9", "and is 0.5")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -101,20 +99,17 @@ def test_an_interrupt_is_ignored_under_nohup_and_silent_during_the_imports(run_m
     assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
 
 
-@pytest.mark.parametrize("missing", [errno.ENOSYS, errno.ENOLCK])
-def test_on_file_systems_without_flock(run_main, monkeypatch, missing):
-    """The lock is then a file that outlives a killed process."""
-    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(missing, "a stand-in")))
+def test_without_flock_the_lock_is_a_file_that_outlives_a_killed_process(run_main, monkeypatch):
+    missing = OSError(errno.ENOSYS, "a stand-in")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=missing))
+    lock = RUN_DIR / ".lock"
     RUN_DIR.mkdir(parents=True)
-    if missing == errno.ENOLCK:
-        return assert_refused(run_main(SCRIPT, *small(120)), "cannot write or lock", "a stand-in")
-    (RUN_DIR / ".lock").write_text("1234\nanother_node\n")
-    refusal = f"(process 1234 on another_node); if gone, remove {RUN_DIR}/.lock"
+    lock.write_text("1234\nanother_node\n")
+    refusal = f"(process 1234 on another_node); if gone, remove {lock}"
     assert_refused(run_main(SCRIPT, *small(120)), refusal)
-    (RUN_DIR / ".lock").unlink()
-    code = "import filelock, os; lock = filelock.SoftFileLock('.lock'); lock.acquire(); os._exit(0)"
-    subprocess.run([sys.executable, "-c", code], cwd=RUN_DIR, check=True)
-    assert (RUN_DIR / ".lock").exists()  # of a process on this host that is gone
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    lock.write_text(f"{gone.pid}\n{os.uname().nodename}\n")  # as filelock writes it
     assert run_main(SCRIPT, *small(120)).code == 0
 
 
@@ -134,35 +129,25 @@ def test_help_is_shown_in_any_encoding_and_may_be_cut_off(run_main):
     assert process.wait() == 1 and process.stderr.read() == "error: [Errno 32] Broken pipe\n"
 
 
-def test_without_git_or_a_repository_the_commit_is_null(run_main, monkeypatch):
-    folder = Path("it's mine").resolve()
-    folder.mkdir()
-    (folder / "env").symlink_to(shutil.which("env"))
-    shutil.copy(SCRIPT, folder)
-    monkeypatch.setenv("HOME", str(folder))
-    for i, script, path in (1, folder / SCRIPT.name, os.environ["PATH"]), (2, SCRIPT, str(folder)):
-        monkeypatch.setenv("PATH", path)
-        args = ["--runs-dir", "~/x", "--exp-name", f"/try{i}"]  # in the home folder all the same
-        assert run_main(script, *small(120), *args).code == 0
-        config = folder / f"x/try{i}" / Path(*RUN_DIR.parts[2:]) / "config.json"
-        assert json.loads(config.read_text())["versions"]["git"] is None
+def test_outside_a_repository_the_commit_is_null(run_main, tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    assert run_main(tmp_path / SCRIPT.name, *small(120)).code == 0
+    assert json.loads((RUN_DIR / "config.json").read_text())["versions"]["git"] is None
 
 
 def test_run_directory_holds_what_the_readme_says(run_main):
-    finished = run_main(SCRIPT, *small(450), "--save-every", 200)  # evaluated at the end, too
-    assert finished.code == 0 and len(re.findall(r"global_step \d+: return", finished.out)) == 4
+    assert run_main(SCRIPT, *small(450), "--save-every", 200).code == 0
     names = {file.name for file in RUN_DIR.iterdir() if "tfevents" not in file.name}
     expected = ".lock checkpoint.pt checkpoint.prev.pt config.json eval.csv summary.json"
     assert names == {*expected.split(), *(f"step_{n}.pt" for n in (0, 200, 400, 450))}
     config = json.loads((RUN_DIR / "config.json").read_text())
-    assert config["args"]["critic_lr"] == 3e-4
-    assert config["versions"]["torch"] == torch.__version__ and config["threads"] == 1
+    assert config["args"]["critic_lr"] == 3e-4 and config["threads"] == 1
     if (ROOT / ".git").exists():
         assert re.fullmatch("[0-9a-f]{40}", config["versions"]["git"])
     header, *rows = (RUN_DIR / "eval.csv").read_text().splitlines()
     assert header == "global_step,episode,return,length"
-    steps = [step for step in ("0", "200", "400", "450") for _ in range(2)]
-    assert [row.split(",")[:2] for row in rows] == [[n, str(i % 2)] for i, n in enumerate(steps)]
+    steps = ["0", "200", "400", "450"]  # evaluated at the end, too
+    assert [row.split(",")[:2] for row in rows] == [[n, i] for n in steps for i in ("0", "1")]
     summary = json.loads((RUN_DIR / "summary.json").read_text())
     returns = [float(row.split(",")[2]) for row in rows[-2:]]
     assert summary == {"global_step": 450, "eval_return": sum(returns) / 2}
@@ -171,22 +156,16 @@ def test_run_directory_holds_what_the_readme_says(run_main):
         *("eval/return", "eval/length", "charts/SPS", "charts/episodic_return"),
         *("charts/episodic_length", "losses/critic_loss", "losses/actor_loss", "losses/q_value"),
     }
-    for name in ("critic_loss", "actor_loss", "q_value"):  # every 100 updates
-        assert [step for step, _ in values[f"losses/{name}"]] == [199, 299, 399]
-    assert [step for step, _ in values["eval/return"]] == [0, 200, 400, 450]
-    assert values["eval/return"][-1][1] == pytest.approx(summary["eval_return"], rel=1e-6)
-    state = torch.load(RUN_DIR / "checkpoint.pt", weights_only=True)
-    parts = {"agent", "buffer", "critic", "actor"}
-    assert state.keys() == parts | {"args", "step", "env_steps", "eval_csv", "rng"}
+    assert [step for step, _ in values["losses/actor_loss"]] == [199, 299, 399]
+    assert values["eval/return"][-1] == (450, pytest.approx(summary["eval_return"], rel=1e-6))
 
 
 def test_a_complete_run_is_left_alone_and_a_larger_total_extends_it(run_main, trained, run_of_400):
     before = files(RUN_DIR)
-    # With arguments that cannot change the result, too
-    for args in (small(400), [*small(400, checkpoint_every=77), "--save-every", 200]):
-        finished = run_main(SCRIPT, *args)
-        assert finished.code == 0 and "complete" in finished.out
-        assert files(RUN_DIR) == before
+    # These two options do not change the numbers
+    finished = run_main(SCRIPT, *small(400, checkpoint_every=77), "--save-every", 200)
+    assert finished.code == 0 and "complete" in finished.out
+    assert files(RUN_DIR) == before
     (events,) = RUN_DIR.glob("events.*")  # of a clock that was ahead
     events.rename(events.with_name("events.out.tfevents.9999999999.host.1.0"))
     assert run_main(SCRIPT, *small(650)).code == 0
@@ -217,15 +196,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_main, trained, ru
     assert_same_run(RUN_DIR, trained / "650" / RUN_DIR, 650)
 
 
-@pytest.mark.parametrize("lost", ["summary.json and damaged checkpoints", "checkpoints"])
-def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, run_of_400, lost):
+def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, run_of_400):
     for file in RUN_DIR.glob("checkpoint*.pt"):
-        file.unlink() if lost == "checkpoints" else file.write_bytes(file.read_bytes()[:1000])
-    if lost != "checkpoints":
-        (RUN_DIR / "summary.json").unlink()
+        file.write_bytes(file.read_bytes()[:1000])
     before = files(RUN_DIR)
-    finished = run_main(SCRIPT, *small(400), "--gamma", 0.9)
-    assert_refused(finished, "no intact checkpoint in", "remove the directory")
+    assert_refused(run_main(SCRIPT, *small(400)), "no intact checkpoint in", "remove the directory")
     assert files(RUN_DIR) == before
 
 
@@ -234,38 +209,20 @@ def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, r
     [
         ("td3", "--critic sa_hyper", ["--critic", "'sa_hyper'", "sa-hyper", "resnet35"]),
         ("td3", "--bach-size 3", ["--bach-size", "--batch-size"]),
-        ("td3", "--batch-size 0", ["--batch-size 0: must be at least 1"]),
         ("td3", "--seed -1", ["--seed -1: must be at least 0"]),
         ("td3", "--actor-lr nan", ["--actor-lr nan"]),
         ("td3", "--gamma 1.5", ["--gamma 1.5: must be at most 1"]),
-        ("td3", "--primary-widths 8 0", ["--primary-widths 0: must be at least 1"]),
         ("td3", "--learning-starts 1000000", ["must be below --total-timesteps 1000000"]),
         ("td3", "--runs-dir /dev/null/runs", ["--runs-dir /dev/null/runs: cannot write"]),
         ("td3", "--device no_such_device", ["--device no_such_device"]),
-        ("pearl", "--device meta", ["--device meta"]),
         ("sac", "--alpha -1", ["--alpha -1.0: must be at least 0"]),
         ("maml", "--env-id Hopper-v4", ["--env-id", "Hopper-v4", *FAMILIES]),
-        ("maml", "--num-adapt-steps -1", ["--num-adapt-steps -1: must be at least 0"]),
         ("maml", "--meta-batch-size 101", ["must not be above --num-train-goals"]),
-        ("maml", "--max-kl 0", ["--max-kl must be above 0"]),
-        ("pearl", "--num-prior-steps 0", ["--num-prior-steps 0: must be at least 1"]),
     ],
 )
-def test_bad_use_says_what_is_wrong_and_leaves_nothing_behind(
-    run_main, tmp_path, name, args, words
-):
+def test_bad_use_is_explained_and_leaves_nothing(run_main, tmp_path, name, args, words):
     assert_refused(run_main(ROOT / f"{name}_hyper.py", *args.split()), *words)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("quantity", ["reward", "observation"])
-def test_a_non_finite_reward_or_observation_stops_the_run(run_main, tmp_path, quantity):
-    args = ["--env-id", "toy_envs:group/Truncating-v0", "--env-kwargs", f"bad_{quantity}_at", 33]
-    args += ["--critic", "mlp", "--learning-starts", 10, "--eval-episodes", 1]
-    finished = run_main(SCRIPT, *args, "--checkpoint-every", 10)
-    assert_refused(finished, f"{quantity} is not finite at global_step 32", code=1)
-    (file,) = tmp_path.rglob("checkpoint.pt")
-    assert torch.load(file, weights_only=True)["step"] == 30
 
 
 def test_a_non_finite_loss_stops_the_run(run_main):
@@ -287,35 +244,14 @@ def test_a_full_disk_while_writing_a_checkpoint(run_main, run_of_400):
     assert "error: cannot write" in err and "checkpoint" in err and "File too large" in err
     assert (RUN_DIR / "checkpoint.pt").read_bytes() == checkpoint
     assert not list(RUN_DIR.glob("*.tmp"))
-    assert run_main(SCRIPT, *small(650)).code == 0  # disk space is back
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_under_tensorboard_ends_the_run_and_is_said(run_main, monkeypatch):
-    write = Mock(side_effect=OSError(28, "No space left on device"))
-    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
-    finished = run_main(SCRIPT, *small(400))
-    assert finished.code == 1 and "error: [Errno 28] No space left on device" in finished.err
-    assert not (RUN_DIR / "summary.json").exists()
-
-
-def test_a_run_has_one_id_for_weights_and_biases_which_writes_nothing_into_its_directory(run_main):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-        assert_refused(run_main(SCRIPT, "--track"), "pip install wandb")
-    if not importlib.util.find_spec("wandb"):
-        pytest.skip("needs wandb")
-    env = {name: value for name, value in os.environ.items() if name[:5] != "WANDB"}
-    for mode, runs in ("online", "other"), ("online", "runs"), ("offline", "runs"):
-        env |= {"WANDB_MODE": mode, "WANDB_ERROR_REPORTING": "false", "HOME": str(Path.cwd())}
-        args = [*small(120), "--track", "--exp-name", "lr:1e-3", "--runs-dir", runs]
-        process = start(SCRIPT, *args, env=env, stdin=subprocess.DEVNULL)
-        out, err = process.communicate()
-        if mode == "online":
-            assert process.returncode == 2 and err.startswith("error: --track: No API key"), err
+def test_weights_and_biases_offline_writes_nothing_into_the_run_directory(run_main, tmp_path):
+    pytest.importorskip("wandb")
+    offline = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "HOME": str(tmp_path)}
+    process = start(SCRIPT, *small(120), "--track", env=os.environ | offline)
+    _, err = process.communicate()
     assert process.returncode == 0, err
-    run_dir, other = (Path(runs, "lr:1e-3", *RUN_DIR.parts[2:]) for runs in ("runs", "other"))
-    assert all(file.is_file() and not file.is_symlink() for file in run_dir.iterdir())
+    assert all(file.is_file() and not file.is_symlink() for file in RUN_DIR.iterdir())
     (tracked,) = Path("wandb").glob("offline-run-*")
-    assert tracked.name.endswith((run_dir / "wandb_id").read_text())
-    assert not tracked.name.endswith((other / "wandb_id").read_text())
+    assert tracked.name.endswith((RUN_DIR / "wandb_id").read_text())
