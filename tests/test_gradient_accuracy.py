@@ -80,10 +80,9 @@ def test_an_offset_does_not_move_the_slope_and_equal_returns_have_none():
 
 
 @pytest.mark.parametrize("terminate", [False, True])
-@pytest.mark.parametrize("hold", [1, 3])
-def test_a_rollout_cut_by_time_is_bootstrapped_unless_it_terminated(hold, terminate):
+def test_a_rollout_cut_by_time_is_bootstrapped_unless_it_terminated(terminate):
     """With the true V after the cut, the closed form must come out, whatever the time limit."""
-    s, limits = np.array([8.0, -10.0, 2.0, -2.0]), [1, 2, 3, 4, 17, 60]
+    s, limits, hold = np.array([8.0, -10.0, 2.0, -2.0]), [1, 2, 3, 4, 17, 60], 3
     actions = np.random.default_rng(0).standard_normal((len(limits), 3))
     envs = [Regulator(s, limit, terminate) for limit in limits]
     returns = ga.discounted_returns(envs, s, actions, policy, value, GAMMA, hold)
@@ -162,7 +161,7 @@ def test_the_columns_of_a_state_by_hand():
 
 
 def test_without_noise_the_exact_critic_and_the_second_estimate_agree(monkeypatch):
-    """measure() of 200 states where a return is slope · a."""
+    """measure() where a return is slope · a."""
     drawn, slope = [], np.float32([0.6, 0.8, 0.0])
 
     def returns(envs, obs, actions, policy, value, gamma, hold):
@@ -171,23 +170,21 @@ def test_without_noise_the_exact_critic_and_the_second_estimate_agree(monkeypatc
         return actions @ slope
 
     monkeypatch.setattr(ga, "discounted_returns", returns)
-    monkeypatch.setattr(ga, "sample_states", lambda *_: np.zeros((200, 11), np.float32))
     run_args = td3_hyper.Args(critic="mlp-small", device="cpu", gamma=0.9)
     agent = td3_hyper.Agent(11, 3, run_args)
     agent.critics[0] = make_critic(lambda action: action @ torch.from_numpy(slope))
     agent.actor.output.weight.data.zero_()
     agent.actor.output.bias.data[:] = torch.atanh(torch.tensor([0.5, 0.96, -0.96]))
-    args = ga.Args((Path(),), num_states=200, num_actions=60, hold=4, repeat=True)
-    source, *copies = ga.make_envs(run_args, 6)
-    envs = [source] * 200 + copies * 12
+    args = ga.Args((Path(),), num_states=20, num_actions=60, hold=4, repeat=True)
+    envs = ga.make_envs(run_args, 20 + 60)
     table = pd.DataFrame(ga.measure(agent, run_args, envs, args, step=0))
     columns = [*ga.SIMILARITIES, "norm_true", "norm_critic"]
     np.testing.assert_allclose(table[columns], 1, rtol=1e-5)
     np.testing.assert_allclose(table.saturated, 2 / 3)
     actions = np.array(drawn)
-    assert actions.shape == (2 * 200, 60, 3) and (abs(actions) <= 1).all()
-    assert len(np.unique(actions[..., 2])) > 2 * 200 * 60 / 2  # no estimate shares its actions
-    assert 0.4 < (actions[..., 1] == 1).mean() < 0.5 and 0.1 < (actions[..., 0] < 0.2).mean() < 0.2
+    assert actions.shape == (2 * 20, 60, 3) and (abs(actions) <= 1).all()
+    assert len(np.unique(actions[..., 0])) > 2 * 20 * 60 / 2  # no estimate shares its actions
+    assert 0.1 < (actions[..., 0] < 0.2).mean() < 0.2  # one standard deviation below 0.5
 
 
 def make_run(run_dir: Path, *steps: int, script=td3_hyper, **arguments) -> Path:
@@ -214,20 +211,15 @@ def test_a_row_for_each_state_and_it_goes_on_where_it_stopped(run_main):
     assert list(zip(table.step, table.state)) == [(n, i) for n in (0, 6) for i in (0, 1)]
     assert set(zip(table.env_id, table.critic, table.seed)) == {("Hopper-v4", "mlp-small", 1)}
     assert (table[ga.SIMILARITIES].nunique() == 4).all()
-    for n, mean in table.cosine_similarity.groupby(table.step).mean().items():
-        assert f"step {n}: mean similarity {mean:.3f}\n" in finished.out
 
     (RUN / "step_0.pt").rename("step_0.pt")
-    assert run_main(SCRIPT, RUN, *options, "out").code == 0 and len(pd.read_csv(TABLE)) == 2
+    assert run_main(SCRIPT, RUN, *options, "out").code == 0
     Path("step_0.pt").rename(RUN / "step_0.pt")
     finished = run_main(SCRIPT, "runs", *options, "out")
     assert finished.code == 0 and "step 0:" in finished.out and "step 6:" not in finished.out
     before = files(Path("out"))
-    assert before.keys() == {TABLE, PICTURE, COMPARISONS}
     assert [*before.values()] == [*files(Path("whole")).values()]
     assert_refused(run_main(SCRIPT, RUN, *options, "out", "--hold", 7), "another hold")
-    other = make_run(Path("other"), exp_name="other")
-    assert_refused(run_main(SCRIPT, other, *options, "out"), "another exp_name than other")
     assert files(Path("out")) == before
 
 
@@ -236,25 +228,22 @@ def test_the_critics_of_td3_and_sac(run_main):
     for critic in CRITICS:
         make_run(Path("td3", critic), critic=critic, **small)
     make_run(Path("sac"), script=sac_hyper, critic="sa-hyper", precision="bfloat16", **small)
-    finished = run_main(SCRIPT, "td3", *SMALL, "out")
-    assert finished.code == 0 and finished.err == ""
-    table = pd.read_csv(TABLE)
-    assert set(table.critic) == set(CRITICS) and len(table) == 2 * len(CRITICS)
-    assert table.cosine_similarity.notna().all()
-    assert run_main(SCRIPT, "sac", *SMALL, "sac", "--hold", 1).code == 0
-    assert pd.read_csv(Path("sac", TABLE.name)).cosine_similarity.notna().all()
+    for script, critics in (("td3", CRITICS), ("sac", ["sa-hyper"])):
+        assert run_main(SCRIPT, script, *SMALL, script).code == 0
+        table = pd.read_csv(Path(script, TABLE.name))
+        assert set(table.critic) == set(critics) and len(table) == 2 * len(critics)
+        assert table.cosine_similarity.notna().all()
 
 
 def test_tables_are_compared_on_the_checkpoints_that_all_runs_have(run_main):
     rows = []
-    for critic, seed, step in itertools.product(("mlp", "sa-hyper"), (1, 2), (0, 5, 10, 15)):
-        if (critic, step) == ("mlp", 15):
-            continue
-        row = dict(zip(ga.COLUMNS, ("Hopper-v4", critic, seed, step, 0)))
-        cs = seed * step / 100 + 0.1 * (critic == "mlp") - 0.9 * (step in (0, 15))
-        row |= {"cosine_similarity": cs, "similarity_weighted": cs / 2, "saturated": 0}
-        rows.append(row | {"similarity_of_two": 0.5, "exp_name": "old"})
-    pd.DataFrame(rows).to_csv("old.csv", index=False)
+    for critic, steps in (("mlp", (0, 5, 10)), ("sa-hyper", (0, 5, 10, 15))):
+        for seed, step in itertools.product((1, 2), steps):
+            cs = seed * step / 100 + 0.1 * (critic == "mlp") - 0.9 * (step in (0, 15))
+            numbers = (step, 0, cs, cs / 2, 0.5, 0)
+            rows.append(("Hopper-v4", critic, seed, *numbers, "old"))
+    columns = ["env_id", "critic", "seed", "step", "state", *ga.SIMILARITIES, "saturated"]
+    pd.DataFrame(rows, columns=[*columns, "exp_name"]).to_csv("old.csv", index=False)
     finished = run_main(SCRIPT, "old.csv", "--out", "out")
     assert finished.code == 0 and not TABLE.exists() and PICTURE.exists()
     assert "old.csv: not all runs have step 15: left out" in finished.err
@@ -263,24 +252,16 @@ def test_tables_are_compared_on_the_checkpoints_that_all_runs_have(run_main):
     assert (row.a, row.b, row.runs_a, row["last"]) == ("sa-hyper", "mlp", 2, 10)
     assert [row.mean_a, row.mean_b] == pytest.approx([0.1125, 0.2125])
     assert row.low == pytest.approx(plot.compare([0.075, 0.15], [0.175, 0.25])["low"], rel=1e-5)
-    assert rows.difference["similarity_weighted"] == pytest.approx(-0.05)
-    assert_refused(run_main(SCRIPT, "missing.csv"), "missing.csv cannot be used")
 
 
 def test_bad_use_ends_with_a_message_and_writes_no_table(run_main):
-    for name in ("good", "copies/a", "copies/b", "unsaved", "damaged", "maml"):
+    for name in ("good", "copies/a", "copies/b", "unsaved", "maml"):
         make_run(Path(name))
     make_run(Path("toy"), env_id="toy_envs:group/Truncating-v0")
     Path("unsaved/step_0.pt").unlink()
-    Path("damaged/step_0.pt").write_bytes(b"PK")
     Path("maml/config.json").write_text(json.dumps({"args": vars(maml_hyper.Args(device="cpu"))}))
-    for args, *words in [
-        ("good nowhere", "nowhere", "config.json"),
-        ("maml", "maml/config.json", "td3_hyper.py or sac_hyper.py of this version"),
-        ("unsaved", "unsaved has no step_N.pt", "--save-every"),
-        ("good toy", "toy_envs:group/Truncating-v0", "MuJoCo"),  # before anything is measured
-        ("copies", "copies/a", "copies/b", "are both"),
-        ("damaged", "damaged/step_0.pt does not hold the networks"),
-    ]:
-        assert_refused(run_main(SCRIPT, *args.split()), *words)
-    assert not any(Path("plots").iterdir())
+    assert_refused(run_main(SCRIPT, "maml"), "maml/config.json", "td3_hyper.py or sac_hyper.py")
+    assert_refused(run_main(SCRIPT, "unsaved"), "unsaved has no step_N.pt", "--save-every")
+    assert_refused(run_main(SCRIPT, "copies"), "copies/a", "copies/b", "are both")
+    assert_refused(run_main(SCRIPT, "good", "toy"), "toy_envs:group/Truncating-v0", "MuJoCo")
+    assert not any(Path().rglob("*.csv"))

@@ -69,7 +69,6 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_experiments_table(run_m
     assert len(whole.splitlines()) == 1 + 3 * 2 and resumed == whole
     other = make_run("vanilla", 0, exp_name="second")
     assert_refused(run_main(SCRIPT, other, "--out", "out"), "another exp_name than second")
-    assert Path("out/gradient_noise.csv").read_text() == whole
 
 
 def test_the_spread_has_the_interval_of_a_normal_variance(run_main):

