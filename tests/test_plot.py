@@ -3,17 +3,13 @@
 import functools
 import itertools
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import plot
 import pytest
-from helpers import ROOT, assert_refused, files
-from matplotlib.colors import to_hex
+from helpers import ROOT, assert_refused
 from scipy import stats
 
 import maml_hyper
@@ -78,22 +74,16 @@ def test_labels_name_the_arguments_that_differ_between_runs_of_one_model():
     assert plot.label(rates) == words
     assert plot.label(rates, ("critic-lr",)) == ["mlp", "mlp", "sa-hyper"]
     assert plot.label(rates[1:]) == ["mlp", "sa-hyper"]  # between models it does not count
-    runs = [td3("sa-hyper", learning_starts=10_000, hyper_init="bias", precision="bfloat16")]
-    runs += [td3("sa-hyper", primary_widths=(8, 16), tau=0.05), td3("mlp", hyper_init="paper")]
+    runs = [td3("sa-hyper", learning_starts=10_000, hyper_init="bias")]
+    runs += [td3("sa-hyper", primary_widths=(8, 16)), td3("mlp", hyper_init="paper")]
     assert plot.label(runs) == [
-        "sa-hyper, primary widths 256-512-1024, init bias, 10,000 random steps, tau 5e-3, bfloat16",
-        "sa-hyper, primary widths 8-16, init released, 1,000 random steps, tau 0.05, float32",
-        "mlp, 1,000 random steps, tau 5e-3, float32",  # it has no primary network
+        "sa-hyper, primary widths 256-512-1024, init bias, 10,000 random steps",
+        "sa-hyper, primary widths 8-16, init released, 1,000 random steps",
+        "mlp, 1,000 random steps",  # it has no primary network
     ]
-    assert plot.label([rates[1], ("E-v0", "mlp", {})]) == ["mlp", "mlp"]  # unknown
-    for size, words in ((2_000_000, "mlp"), (500, "mlp, buffer size 500")):  # one never gets full
-        assert plot.label([td3("mlp"), td3("mlp", buffer_size=size)])[1] == words
     assert plot.label([td3("mlp"), of(sac_hyper, "mlp")]) == ["mlp, TD3", "mlp, SAC"]
-    maml = [of(maml_hyper, "hyper", num_adapt_steps=n, first_order=n < 2) for n in range(3)]
-    words = ["no inner step", "1 inner step, first order", "2 inner steps, no first order"]
-    assert plot.label(maml) == [f"hyper, {word}" for word in words]
-    ants = [td3("mlp", env_kwargs=kwargs) for kwargs in ({}, {"ctrl_cost_weight": 0.005})]
-    assert plot.label(ants) == ["mlp", "mlp, ctrl_cost_weight 0.005"]
+    maml = [of(maml_hyper, "hyper", num_adapt_steps=n) for n in (0, 1)]
+    assert plot.label(maml) == ["hyper, no inner step", "hyper, 1 inner step"]
 
 
 def test_a_comparison_is_scipys_and_the_closed_forms():
@@ -113,15 +103,15 @@ def test_a_comparison_is_scipys_and_the_closed_forms():
     limits = [row["probability_low"], row["probability_high"]]
     assert limits == pytest.approx(list(np.quantile(every, [0.025, 0.975])), abs=0.05)
     one = plot.compare(a, [6.0])
-    empty = ["low", "high", "p", "probability_low", "probability_high"]
-    assert [name for name in one if np.isnan(one[name])] == empty and one["difference"] == 1
+    assert np.isnan([one["low"], one["high"], one["p"], one["probability_low"]]).all()
 
 
 def test_scores_and_comparisons_by_hand(run_main):
     for seed, mlp, hyper in ((1, (-10, 0, 10), (-10, 20, 35)), (2, (-10, 4, 30), (-10, 20, 65))):
         write_td3(f"Hard-v0/mlp/seed{seed}", mlp, learning_starts=5)
         write_td3(f"Hard-v0/sa-hyper/seed{seed}", hyper, learning_starts=10)
-        write_td3(f"Flat-v0/mlp/seed{seed}", (5, 9, 15 * seed))
+    for seed, final in enumerate((0, 15, 30)):  # it gains 10, with a spread of 15
+        write_td3(f"Flat-v0/mlp/seed{seed}", (5, 9, final))
     write_td3("One-v0/mlp/seed1", (0, 5, 9))
     finished = run_main(SCRIPT, "runs", "--out", "out")
     assert finished.code == 0 and finished.err == ""
@@ -132,12 +122,8 @@ def test_scores_and_comparisons_by_hand(run_main):
     assert values == [2, 20, 50, 50, "35 65"]
     assert [hard.normalised, hard.gain_percent, hard.reached_at_percent] == [2, 100, 50]
     assert [mlp.final, mlp.curve, mlp.normalised, mlp.gain_percent] == [20, 11, 1, 0]
-    # In Flat-v0 it gains 17.5, with a spread of 10.6; a third run makes that 10 and 15.
-    assert scores.normalised["Flat-v0", "mlp"] == 1 and np.isnan(scores.normalised["One-v0", "mlp"])
-    write_td3("Flat-v0/mlp/seed3", (5, 9, 0))
-    run_main(SCRIPT, "runs", "--out", "out")
-    flat = table("final_scores", "env_id").loc["Flat-v0", "normalised":"reached_at_percent"]
-    assert flat.isna().all()
+    for env_id in ("Flat-v0", "One-v0"):  # its baseline has not learned, or has no spread
+        assert scores.loc[(env_id, "mlp"), "normalised":"reached_at_percent"].isna().all()
     # The curve, too, has only what comes after the random steps of both.
     expected = pd.Series(plot.compare([35, 65], [10, 30]))
     for _, row in table("comparisons", "measure").iterrows():
@@ -145,109 +131,66 @@ def test_scores_and_comparisons_by_hand(run_main):
         assert list(row[expected.index]) == pytest.approx(list(expected), rel=1e-5)
 
 
-def test_other_lengths_are_compared_on_what_they_share_and_drawn_to_their_end(run_main, figures):
-    for seed, returns in enumerate([(0, 10, 20), (0, 20, 40), (0, 30)]):
-        write_td3(f"E-v0/mlp/seed{seed}", returns)
+def test_other_lengths_are_compared_on_what_they_share(run_main):
+    write_td3("E-v0/mlp/seed0", (0, 10, 20))
+    write_td3("E-v0/mlp/seed1", (0, 30))
     write_td3("E-v0/sa-hyper/seed1", (0, 1, 2, 3))
-    Path("runs/td3/E-v0/mlp/seed2/summary.json").unlink()
     finished = run_main(SCRIPT, "runs", "--out", "out")
-    assert "unfinished: runs/td3/E-v0/mlp/seed2, evaluated up to 10\n" in finished.err
     assert "E-v0: the runs have different evaluations" in finished.err
     scores = table("final_scores", "label")
     assert list(scores["last"]) == [30, 10] and list(scores.final) == [3, 20]
     assert (table("comparisons", "measure").loc["final", ["last", "mean_a"]] == [10, 1]).all()
-    (axis,) = figures[-1].axes
-    ends = [line.get_xdata()[-1] for line in axis.get_lines()]
-    assert ends == [30, 30, 20, 20, 10, 10]  # sa-hyper and its mean; mlp's runs and their mean
-    assert list(axis.get_lines()[-1].get_ydata()) == [0, 20]
 
 
 def test_a_model_has_one_colour_and_a_band_needs_five_runs(run_main, figures):
     assert plot.COLOURS["sa-hyper"] == plot.COLOURS["hyper"] == "#d55e00"
-    critics = set(plot.COLOURS) - {"hyper", "context", "vanilla"}
-    assert len({plot.COLOURS[critic] for critic in critics}) == len(critics) == 8
-    for seed, model in itertools.product(range(5), ("mlp", "sa-hyper", "own", "other")):
-        if seed < 4 or model == "mlp":
-            args = {"critic_lr": 1e-3 if seed % 2 else 3e-4}
-            write_td3(f"E-v0/{model}/seed{seed}", (seed, 1, 2), **args)
-    run_main(SCRIPT, "runs", "--title", "Two rates")
-    assert figures[-1].get_suptitle() == "Two rates" and not figures[-1].axes[0].collections
+    for seed in range(5):
+        write_td3(f"E-v0/mlp/seed{seed}", (seed, 1, 2), critic_lr=1e-3 if seed % 2 else 3e-4)
+    for seed in range(4):
+        write_td3(f"E-v0/sa-hyper/seed{seed}", (seed, 1, 2), critic_lr=1e-3)
+    run_main(SCRIPT, "runs")
+    assert not figures[-1].axes[0].collections
     (legend,) = figures[-1].legends
-    lines = [(to_hex(line.get_color()), line.get_linestyle()) for line in legend.get_lines()]
-    shown = dict(zip([text.get_text() for text in legend.get_texts()], lines))
-    assert shown["mlp, critic lr 3e-4 (3)"] == ("#000000", "-")  # most runs have this rate
-    assert shown["sa-hyper, critic lr 1e-3 (2)"] == ("#d55e00", "--")
-    assert len(set(lines)) == 8
+    names = [text.get_text() for text in legend.get_texts()]
+    colours = dict(zip(names, [line.get_color() for line in legend.get_lines()]))
+    mlp = {f"mlp, critic lr {rate}": "#000000" for rate in ("3e-4 (3)", "1e-3 (2)")}
+    assert colours == mlp | {"sa-hyper, critic lr 1e-3 (4)": "#d55e00"}
     run_main(SCRIPT, "runs", "--ignore", "critic_lr")
     (axis,) = figures[-1].axes
     (band,) = axis.collections  # of the five runs of mlp, 0 to 4 at step 0
     half = stats.t.ppf(0.975, 4) * (2.5 / 5) ** 0.5
     assert band.get_datalim(axis.transData).y0 == pytest.approx(2 - half)
-    run_main(SCRIPT, "runs", "--ignore", "critic_lr", "--dots")
-    (axis,) = figures[-1].axes
-    texts = [text.get_text() for text in axis.get_yticklabels()]
-    dots, bar = axis.get_lines()[2 * texts.index("sa-hyper (4)") :][:2]
-    assert list(dots.get_xdata()) == [1.5] * 4 and list(bar.get_xdata()) == [1.5] * 2
-    assert to_hex(dots.get_color()) == to_hex(bar.get_color()) == "#d55e00"
 
 
 def test_meta_rl_has_panels_by_phase_and_direction_and_goals_outside_training(run_main, figures):
     phases = {("test", "pre"): (1, 2), ("test", "post"): (3, 4), ("train", "post"): (5, 6)}
     write_meta(f"{MEDIUM}/hyper/seed1", phases, goals=(2, 2.5))
     write_meta(f"{FWD_BACK}/hyper/seed1", phases)
-    run_main(SCRIPT, "runs", "--out", "out")
+    run_main(SCRIPT, "runs")
     curves, pair = map(last, figures)
     before, after = "before adaptation", "after adaptation"
     expected = [f"{FWD_BACK}, {d}, {p}" for p in (before, after) for d in ("backward", "forward")]
     expected += [f"{MEDIUM}, {before}", f"{MEDIUM}, {after}"]
     assert curves == dict(zip(expected, (-8, 12, -6, 14, 24.5, 26.5)))
     assert pair == {f"{MEDIUM}, train goals": 28.5, f"{MEDIUM}, test goals": 26.5}
-    scores = table("final_scores", "env_id", "split", "phase", "goal").final
-    assert scores[FWD_BACK, "test", after, "backward"] == -6
-    shutil.rmtree("runs")
-    write_meta(f"{FWD_BACK}/hyper/seed1", {("test", "pre"): (1, 2)})  # without an inner step
-    run_main(SCRIPT, "runs", "--out", "out")
-    assert last(figures[-1]) == {f"{FWD_BACK}, backward": -8, f"{FWD_BACK}, forward": 12}
 
 
 def test_links_are_followed_with_their_names_and_a_run_counts_once(run_main):
-    for seed in (1, 2):
-        write_td3(f"E-v0/mlp/seed{seed}", (0, seed), runs="away")
-    write_td3("E-v0/mlp/seed1", (0, 9), runs="runs/nested")  # another run with the same names
-    target = Path("away/td3/E-v0/mlp").resolve()
-    Path("runs/td3/Linked-v0").mkdir(parents=True)
-    Path("runs/td3/Linked-v0/sa-hyper").symlink_to(target)
-    Path("runs/nested/td3/E-v0/mlp/seed3").symlink_to(target / "seed2")
-    Path("runs/nested/up").symlink_to("..")
-    finished = run_main(SCRIPT, "runs/nested/td3", "runs", "runs/nested/td3", "--out", "out")
+    write_td3("E-v0/mlp/seed1", (0, 1), runs="away")
+    write_td3("E-v0/mlp/seed2", (0, 2))
+    Path("runs/td3/Linked-v0").mkdir()
+    Path("runs/td3/Linked-v0/sa-hyper").symlink_to(Path("away/td3/E-v0/mlp").resolve())
+    Path("runs/loop").symlink_to(".")
+    finished = run_main(SCRIPT, "runs/td3", "runs", "--out", "out")
     assert finished.code == 0 and finished.err == ""
     finals = dict(table("final_scores", "env_id", "label").finals)
-    assert finals == {("E-v0", "mlp"): "9 2", ("Linked-v0", "sa-hyper"): "1"}
+    assert finals == {("E-v0", "mlp"): "2", ("Linked-v0", "sa-hyper"): "1"}
 
 
 def test_bad_use_ends_with_a_message_and_writes_nothing(run_main):
-    write_td3("E-v0/mlp/seed1", (1, 2))
+    write_td3("E-v0/mlp/seed1", ())
     write_td3("one", (1, 2), runs="misplaced")
-    eval_csv, before = Path("runs/td3/E-v0/mlp/seed1/eval.csv"), files(Path())
-    for arguments, content, word in [
-        ("", None, "give run directories"),
-        ("nowhere", None, "nowhere: no eval.csv"),
-        ("runs", "a,b\n1,2\n", "seed1: its eval.csv or config.json"),
-        ("runs", "global_step,episode,return,length\n", "has been evaluated yet"),
-        ("misplaced", None, "exp_name/env_id/model/seedN"),
-        (f"runs --out {eval_csv}", None, "cannot be written"),
-    ]:
-        eval_csv.write_text(content or before[eval_csv].decode())
-        assert_refused(run_main(SCRIPT, *arguments.split()), word)
-        eval_csv.write_bytes(before[eval_csv])
-        assert files(Path()) == before
-
-
-def test_closed_output_is_no_error(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_td3("E-v0/mlp/seed1", (1, 2))
-    for end in (">&-", "2>&-", "| true"):
-        command = f"{sys.executable} {SCRIPT} runs --out out {end}"
-        done = subprocess.run(command, shell=True, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        shutil.rmtree("out")
+    assert_refused(run_main(SCRIPT, "nowhere"), "nowhere: no eval.csv")
+    assert_refused(run_main(SCRIPT, "misplaced"), "exp_name/env_id/model/seedN")
+    assert_refused(run_main(SCRIPT, "runs"), "has been evaluated yet")
+    assert not any(Path().rglob("*.png"))
