@@ -3,6 +3,8 @@
 import functools
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +196,12 @@ def test_bad_use_ends_with_a_message_and_writes_nothing(run_main):
     assert_refused(run_main(SCRIPT, "misplaced"), "exp_name/env_id/model/seedN")
     assert_refused(run_main(SCRIPT, "runs"), "has been evaluated yet")
     assert not any(Path().rglob("*.png"))
+
+
+def test_closed_output_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_td3("E-v0/mlp/seed1", (1, 2))
+    for end in (">&-", "2>&-", "| true"):
+        command = f"{sys.executable} {SCRIPT} runs --out out {end}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")

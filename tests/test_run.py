@@ -2,6 +2,7 @@
 for the others where they have the same code."""
 
 import errno
+import importlib.util
 import json
 import os
 import random
@@ -99,17 +100,20 @@ def test_an_interrupt_is_ignored_under_nohup_and_silent_during_the_imports(run_m
     assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
 
 
-def test_without_flock_the_lock_is_a_file_that_outlives_a_killed_process(run_main, monkeypatch):
-    missing = OSError(errno.ENOSYS, "a stand-in")
-    monkeypatch.setattr("fcntl.flock", Mock(side_effect=missing))
-    lock = RUN_DIR / ".lock"
+@pytest.mark.parametrize("missing", [errno.ENOSYS, errno.ENOLCK])
+def test_on_file_systems_without_flock(run_main, monkeypatch, missing):
+    """The lock is then a file that outlives a killed process."""
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(missing, "a stand-in")))
     RUN_DIR.mkdir(parents=True)
-    lock.write_text("1234\nanother_node\n")
-    refusal = f"(process 1234 on another_node); if gone, remove {lock}"
+    if missing == errno.ENOLCK:
+        return assert_refused(run_main(SCRIPT, *small(120)), "cannot write or lock", "a stand-in")
+    (RUN_DIR / ".lock").write_text("1234\nanother_node\n")
+    refusal = f"(process 1234 on another_node); if gone, remove {RUN_DIR}/.lock"
     assert_refused(run_main(SCRIPT, *small(120)), refusal)
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    lock.write_text(f"{gone.pid}\n{os.uname().nodename}\n")  # as filelock writes it
+    (RUN_DIR / ".lock").unlink()
+    code = "import filelock, os; lock = filelock.SoftFileLock('.lock'); lock.acquire(); os._exit(0)"
+    subprocess.run([sys.executable, "-c", code], cwd=RUN_DIR, check=True)
+    assert (RUN_DIR / ".lock").exists()  # of a process on this host that is gone
     assert run_main(SCRIPT, *small(120)).code == 0
 
 
@@ -129,10 +133,18 @@ def test_help_is_shown_in_any_encoding_and_may_be_cut_off(run_main):
     assert process.wait() == 1 and process.stderr.read() == "error: [Errno 32] Broken pipe\n"
 
 
-def test_outside_a_repository_the_commit_is_null(run_main, tmp_path):
-    shutil.copy(SCRIPT, tmp_path)
-    assert run_main(tmp_path / SCRIPT.name, *small(120)).code == 0
-    assert json.loads((RUN_DIR / "config.json").read_text())["versions"]["git"] is None
+def test_without_git_or_a_repository_the_commit_is_null(run_main, monkeypatch):
+    folder = Path("it's mine").resolve()
+    folder.mkdir()
+    (folder / "env").symlink_to(shutil.which("env"))
+    shutil.copy(SCRIPT, folder)
+    monkeypatch.setenv("HOME", str(folder))
+    for i, script, path in (1, folder / SCRIPT.name, os.environ["PATH"]), (2, SCRIPT, str(folder)):
+        monkeypatch.setenv("PATH", path)
+        args = ["--runs-dir", "~/x", "--exp-name", f"/try{i}"]  # in the home folder all the same
+        assert run_main(script, *small(120), *args).code == 0
+        config = folder / f"x/try{i}" / Path(*RUN_DIR.parts[2:]) / "config.json"
+        assert json.loads(config.read_text())["versions"]["git"] is None
 
 
 def test_run_directory_holds_what_the_readme_says(run_main):
@@ -225,6 +237,16 @@ def test_bad_use_is_explained_and_leaves_nothing(run_main, tmp_path, name, args,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("quantity", ["reward", "observation"])
+def test_a_non_finite_reward_or_observation_stops_the_run(run_main, tmp_path, quantity):
+    args = ["--env-id", "toy_envs:group/Truncating-v0", "--env-kwargs", f"bad_{quantity}_at", 33]
+    args += ["--critic", "mlp", "--learning-starts", 10, "--eval-episodes", 1]
+    finished = run_main(SCRIPT, *args, "--checkpoint-every", 10)
+    assert_refused(finished, f"{quantity} is not finite at global_step 32", code=1)
+    (file,) = tmp_path.rglob("checkpoint.pt")
+    assert torch.load(file, weights_only=True)["step"] == 30
+
+
 def test_a_non_finite_loss_stops_the_run(run_main):
     finished = run_main(SCRIPT, *small(400), "--critic-lr", 1e18)
     assert_refused(finished, "critic_loss is not finite at global_step 101", code=1)
@@ -246,12 +268,23 @@ def test_a_full_disk_while_writing_a_checkpoint(run_main, run_of_400):
     assert not list(RUN_DIR.glob("*.tmp"))
 
 
-def test_weights_and_biases_offline_writes_nothing_into_the_run_directory(run_main, tmp_path):
-    pytest.importorskip("wandb")
-    offline = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "HOME": str(tmp_path)}
-    process = start(SCRIPT, *small(120), "--track", env=os.environ | offline)
-    _, err = process.communicate()
+def test_a_run_has_one_id_for_weights_and_biases_which_writes_nothing_into_its_directory(run_main):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+        assert_refused(run_main(SCRIPT, "--track"), "pip install wandb")
+    if not importlib.util.find_spec("wandb"):
+        pytest.skip("needs wandb")
+    env = {name: value for name, value in os.environ.items() if name[:5] != "WANDB"}
+    for mode, runs in ("online", "other"), ("online", "runs"), ("offline", "runs"):
+        env |= {"WANDB_MODE": mode, "WANDB_ERROR_REPORTING": "false", "HOME": str(Path.cwd())}
+        args = [*small(120), "--track", "--exp-name", "lr:1e-3", "--runs-dir", runs]
+        process = start(SCRIPT, *args, env=env, stdin=subprocess.DEVNULL)
+        out, err = process.communicate()
+        if mode == "online":
+            assert process.returncode == 2 and err.startswith("error: --track: No API key"), err
     assert process.returncode == 0, err
-    assert all(file.is_file() and not file.is_symlink() for file in RUN_DIR.iterdir())
+    run_dir, other = (Path(runs, "lr:1e-3", *RUN_DIR.parts[2:]) for runs in ("runs", "other"))
+    assert all(file.is_file() and not file.is_symlink() for file in run_dir.iterdir())
     (tracked,) = Path("wandb").glob("offline-run-*")
-    assert tracked.name.endswith((RUN_DIR / "wandb_id").read_text())
+    assert tracked.name.endswith((run_dir / "wandb_id").read_text())
+    assert not tracked.name.endswith((other / "wandb_id").read_text())

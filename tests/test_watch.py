@@ -22,9 +22,9 @@ META = ["--env-id", "HalfCheetahVel-v0", "--num-iterations", 1]
 OPTIONS = {"maml_hyper": [*MAML, *META, "--inner-lr", 1.0], "pearl_hyper": [*PEARL, *META]}
 
 
-def train(run_main, script: str) -> Path:
+def train(run_main, script: str, *args) -> Path:
     """The directory of a small run, changed into one on a GPU."""
-    finished = run_main(ROOT / f"{script}.py", *OPTIONS.get(script, PLAIN))
+    finished = run_main(ROOT / f"{script}.py", *OPTIONS.get(script, PLAIN), *args)
     assert finished.code == 0, finished.err
     (config,) = Path("runs", script).rglob("config.json")
     text = config.read_text().replace('"device": "cpu"', '"device": "cuda"')
@@ -52,6 +52,16 @@ def test_td3_and_sac_play_the_episodes_of_their_evaluation(run_main, script):
         assert returns(finished) == expected
     finished = run_main(SCRIPT, run_dir)
     assert "step_40.pt" in finished.out and returns(finished)[:2] == by_step[40]
+
+
+def test_an_environment_without_a_render_mode_is_played_and_closed(run_main):
+    env = ["--env-id", "toy_envs:Closing-v0", "--env-kwargs", "terminate_after", 4]
+    run_dir = train(run_main, "td3_hyper", *env)
+    Path("closed").unlink()
+    finished = run_main(SCRIPT, run_dir)
+    assert len(returns(finished)) == 3 and "4 steps" in finished.out
+    assert Path("closed").exists()
+    assert_refused(run_main(SCRIPT, run_dir, "--video", "film.mp4"), "render_mode")
 
 
 def test_maml_plays_without_adaptation_or_after_it(run_main):
