@@ -44,7 +44,6 @@ if critic == "d2rl" and not resumed:
 """
 
 
-# Runs the two tasks of an array at once.
 SBATCH = """
 echo "$@" >options
 [[ $* != *none* ]] || exit 1

@@ -40,7 +40,6 @@ def test_every_update_starts_from_the_stored_policy_with_episodes_of_its_own(run
     assert list(table.iteration) == [0, 0, 2, 2, 4, 4]  # 3 of 5, evenly spread
     assert list(table["update"]) == [0, 1] * 3 and table.post_return.nunique() == 6
 
-    # One of them, done by hand and by itself.
     args = maml_hyper.Args(**json.loads((run_dir / "config.json").read_text())["args"])
     rng = np.random.default_rng(1)
     train_goals = sample_goals(args.env_id, 4, rng, "train")

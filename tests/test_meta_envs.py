@@ -77,7 +77,6 @@ def test_an_ant_off_its_legs_ends_its_slot_alone(z):
     before = envs.qpos.copy()
     _, reward, terminated, truncated, _ = envs.step(still)
     assert terminated.tolist() == [False, True, False, False] and not truncated.any()
-    # It stays where it is, without reward, and the others go on.
     assert (envs.qpos == before).all(-1).tolist() == [False, True, False, False]
     assert reward[1] == 0
 

@@ -99,7 +99,6 @@ def test_a_comparison_is_scipys_and_the_closed_forms():
     # Of 35 ways to choose three of the seven, {5, 7, 9} has the largest sum, with either 5.
     assert row["p"] == pytest.approx(2 * 2 / 35)
     assert row["probability"] == pytest.approx((3 + 0.5 + 4 + 4) / 12)
-    # Every bootstrap sample
     samples = itertools.product(itertools.product(a, repeat=3), itertools.product(b, repeat=4))
     every = [np.mean([(x > y) + (x == y) / 2 for x in a_ for y in b_]) for a_, b_ in samples]
     limits = [row["probability_low"], row["probability_high"]]
