@@ -226,7 +226,7 @@ def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, r
         ("td3", "--gamma 1.5", ["--gamma 1.5: must be at most 1"]),
         ("td3", "--learning-starts 1000000", ["must be below --total-timesteps 1000000"]),
         ("td3", "--runs-dir /dev/null/runs", ["--runs-dir /dev/null/runs: cannot write"]),
-        ("td3", "--device no_such_device", ["--device no_such_device"]),
+        ("td3", "--device meta", ["--device meta"]),
         ("sac", "--alpha -1", ["--alpha -1.0: must be at least 0"]),
         ("maml", "--env-id Hopper-v4", ["--env-id", "Hopper-v4", *FAMILIES]),
         ("maml", "--meta-batch-size 101", ["must not be above --num-train-goals"]),
