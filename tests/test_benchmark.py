@@ -153,7 +153,6 @@ def test_what_follows_the_dashes_goes_to_the_scripts_and_says_where_the_runs_are
     assert (folder / run_dir / "summary.json").exists()
     nothing_to_do = Finished(0, "1 runs: 1 complete, 0 partial, 0 missing\n", "")
     assert benchmark(folder, *args, HOME=str(folder)) == nothing_to_do
-    # Only the script can tell whether the run is that long already.
     longer = benchmark(folder, *args, "--total-timesteps", "2000", HOME=str(folder))
     assert f"complete: {folder}/{run_dir}" in longer.out
 
@@ -193,11 +192,6 @@ def test_bad_use_is_one_line_and_starts_nothing(folder):
         assert finished.code == 2 and not finished.out and finished.err.count("\n") == 1
         assert finished.err.startswith(f"error: {args.split()[-2:][0]}")
     assert not (folder / "tries").exists()
-
-
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="apt-get install shellcheck")
-def test_shellcheck_finds_nothing():
-    subprocess.run(["shellcheck", ROOT / "benchmark.sh"], check=True)
 
 
 def test_smoke_runs_of_the_four_scripts_learn_and_complete(folder):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypernet import HyperNetwork, make_critic
+from hypernet import CudaGraph, HyperNetwork, make_critic
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +136,10 @@ def test_hyper_critics_differ_in_which_input_is_meta_and_features_feed_a_single_
     latent = features.features(obs)
     expected = output(torch.relu(hidden(torch.cat([latent, action], -1)))).squeeze(-1)
     torch.testing.assert_close(features(obs, action), expected)
+
+
+def test_a_cuda_graphs_first_calls_get_contiguous_tensors_like_the_recorded_ones():
+    rows, graph = torch.randn(4, 6), CudaGraph(lambda *inputs: inputs)
+    for _ in range(3):
+        (half,) = graph(rows[:, 3:])
+        assert half.is_contiguous() and torch.equal(half, rows[:, 3:])

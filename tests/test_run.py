@@ -174,7 +174,6 @@ def test_run_directory_holds_what_the_readme_says(run_main):
 
 def test_a_complete_run_is_left_alone_and_a_larger_total_extends_it(run_main, trained, run_of_400):
     before = files(RUN_DIR)
-    # These two options do not change the numbers
     finished = run_main(SCRIPT, *small(400, checkpoint_every=77), "--save-every", 200)
     assert finished.code == 0 and "complete" in finished.out
     assert files(RUN_DIR) == before
