@@ -29,18 +29,14 @@ nothing is learned yet. The columns:
 - similarity_of_two, of the two estimates of --repeat;
 - saturated, the share of the action's dimensions with |π(s)| > 0.95, where the tanh lets next to no
   gradient through and about half of the perturbed actions are clipped;
-- norm_true and norm_critic, in return per half width of the action's range;
 - actor_lr of the run: with 0 the policy is fixed.
 """
 
 import functools
 import json
-import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # lets two processes share cores
 
 import gymnasium as gym
 import mujoco
@@ -52,22 +48,20 @@ from gymnasium.envs.mujoco import MujocoEnv
 from plot import comparisons, draw, end_quietly, find, note, rank, save
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files that import this one, too
 
 import sac_hyper
 import td3_hyper
 from td3_hyper import act, at_end, make_env, q_value, stop
 
-# In place of a run's own arguments, whatever it was trained on
-HERE = {"device": "cpu", "cuda_graph": False, "track": False}
-TITLE = "How far the critics' action gradients are those of the return"
+mujoco.set_mju_user_warning(lambda message: None)  # each copy of an environment would repeat them
+
+HERE = {"device": "cpu", "cuda_graph": False, "track": False}  # in place of a run's own arguments
 STD = 0.3  # of the actions around π(s), which are in [-1, 1] (released)
 RUN = ["env_id", "critic", "seed"]
-CS = "cosine_similarity"
-SIMILARITIES = [CS, "similarity_weighted", "similarity_of_two"]
+SIMILARITIES = ["cosine_similarity", "similarity_weighted", "similarity_of_two"]
 SETTINGS = ["num_states", "num_actions", "hold", "repeat", "exp_name"]  # the same in every row
-COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "norm_true", "norm_critic"]
-COLUMNS += ["actor_lr", *SETTINGS]
+COLUMNS = [*RUN, "step", "state", *SIMILARITIES, "saturated", "actor_lr", *SETTINGS]
 
 
 @dataclass
@@ -113,82 +107,67 @@ def read_config(config: Path, *scripts) -> tuple:
 
 def find_runs(folders: tuple[Path, ...], model: str, *scripts) -> dict[tuple, tuple]:
     """(env_id, model, seed) -> (script, its arguments, directory) of each run of the scripts."""
-    runs, experiments = {}, set()
+    runs = {}
     for config in find(folders, "config.json"):
         script, args = read_config(config, *scripts)
         saved_steps(config.parent)  # exits if there are none
         run = (args.env_id, getattr(args, model), args.seed)
-        experiments.add(args.exp_name)
-        if len(experiments) > 1:
-            stop(f"runs of {' and '.join(sorted(experiments))}: give those of one experiment")
         if run in runs:
             stop(f"{runs[run][-1]} and {config.parent} are both {' '.join(map(str, run))}")
         runs[run] = (script, args, config.parent)
+    experiments = sorted({args.exp_name for _, args, _ in runs.values()})
+    if len(experiments) > 1:
+        stop(f"runs of {' and '.join(experiments)}: give those of one experiment")
     return runs
 
 
-def read_table(file: Path, columns: list[str], settings: dict | None = None) -> pd.DataFrame:
-    """A table with these columns. With `settings`, which it must have been measured with, it is the
-    one in --out, and may not be there yet."""
+def read_table(file: Path, columns: list[str]) -> pd.DataFrame:
+    """A table that has these columns; exits if there is none."""
     try:
-        if settings:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        if settings and not file.exists():
-            return pd.DataFrame(columns=columns)
         table = pd.read_csv(file, dtype={"exp_name": str})
         table[columns]
     except (OSError, ValueError, KeyError) as error:
-        stop(f"{file} cannot be used ({error})" + ", choose another --out" * bool(settings))
-    for name, value in (settings or {}).items():
-        if not (table[name] == value).all():
-            stop(f"{file} has another {name} than {value}, choose another --out")
+        stop(f"{file} cannot be used: {error}")
     return table
 
 
-def measure_missing(
-    file: Path, columns: list[str], key: list[str], settings: dict, todo: list[tuple], measure
-) -> pd.DataFrame:
-    """The table with the rows of all of `todo`, each named by `key`, that measure(*todo) gives for
-    those that it lacks; it is saved after each."""
-    rows = read_table(file, columns, settings).to_dict("records")
+def measure_missing(file: Path, columns, key, settings: dict, todo: list, measure) -> pd.DataFrame:
+    """The table in `file`, which must have been measured with these settings, after adding the rows
+    of all of `todo`, each named by `key`, that it lacks. measure(*todo) gives them."""
+    if not file.exists():
+        save(pd.DataFrame(columns=columns), file)  # fails now rather than after measuring
+    table = read_table(file, columns)
+    for name, value in settings.items():
+        if not (table[name] == value).all():
+            stop(f"{file} has another {name} than {value}, choose another --out")
+    rows = table.to_dict("records")
     measured = {tuple(row[name] for name in key) for row in rows}
     for names in tqdm([names for names in todo if names not in measured], disable=None):
         rows += [dict(zip(key, names)) | row | settings for row in measure(*names)]
-        order = [name for name in (*key, "state") if name in columns]
-        table = pd.DataFrame(rows, columns=columns).sort_values(order)
+        table = pd.DataFrame(rows, columns=columns).sort_values(key, kind="stable")
         td3_hyper.write(file, table.to_csv(index=False, float_format="%.6g"))
-    print(f"{file} has {len(rows)} rows")
-    return pd.DataFrame(rows, columns=columns)
-
-
-def check_env(run_args, num_actions: int) -> None:
-    """Exits if the run's environment does not suit."""
-    env = make_env(run_args)
-    if not isinstance(env.unwrapped, MujocoEnv):
-        stop(f"{run_args.env_id} is not an environment of MuJoCo: its state cannot be set")
-    if (env.spec.max_episode_steps or 0) < 1:
-        stop(f"{run_args.env_id} has no time limit: a rollout might never end")
-    dims = env.action_space.shape[0]
-    if num_actions < dims + 2:
-        stop(f"--num-actions must be at least {dims + 2} for the {dims}-dimensional actions")
+    print(f"{file} has {len(table)} rows")
+    return table
 
 
 def make_envs(run_args, number: int) -> list[gym.Env]:
-    """Copies of an environment, each after a reset."""
+    """Copies of an environment, each after a reset; exits if it does not suit."""
     envs = [make_env(run_args) for _ in range(number)]
+    if not isinstance(envs[0].unwrapped, MujocoEnv):
+        stop(f"{run_args.env_id} is not an environment of MuJoCo: its state cannot be set")
+    if (envs[0].spec.max_episode_steps or 0) < 1:
+        stop(f"{run_args.env_id} has no time limit: a rollout might never end")
     for env in envs:
         env.reset()
     return envs
 
 
-def load(networks: torch.nn.Module, file: Path) -> dict:
-    """Loads a step_N.pt, and returns it; exits if it is not of these networks."""
+def load(networks: torch.nn.Module, file: Path) -> None:
+    """Loads a step_N.pt; exits if it is not of these networks."""
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-        networks.load_state_dict(weights)
+        networks.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # many kinds, depending on where the damage is
         stop(f"{file} does not hold the networks of this run: {error}")
-    return weights
 
 
 def sample_states(envs: list, policy, rng: np.random.Generator, limit: int) -> np.ndarray:
@@ -271,8 +250,6 @@ def compare(a: np.ndarray, critic: np.ndarray, true: np.ndarray, second=None) ->
         "similarity_weighted": cosine_similarity(weight * true, weight * critic),
         "similarity_of_two": np.nan if second is None else cosine_similarity(true, second),
         "saturated": (abs(a) > 0.95).mean(),
-        "norm_true": np.linalg.norm(true),
-        "norm_critic": np.linalg.norm(critic),
     }
 
 
@@ -319,35 +296,34 @@ def show(tables: dict[Path, pd.DataFrame], args: Args) -> None:
     `return` the mean similarity of its states, `phase` the policy and `goal` the table."""
     states = [table.assign(goal=str(file)) for file, table in tables.items()]
     states = pd.concat(states, ignore_index=True).reindex(columns=[*COLUMNS, "goal"])
-    policy = np.where(states.actor_lr > 0, "learning actor", "fixed policy")
-    states["phase"] = states.exp_name.where(states.actor_lr.isna(), policy)  # older tables
+    states["phase"] = np.where(states.actor_lr == 0, "fixed policy", "learning actor")
     critics = pd.Categorical(states.critic, sorted(set(states.critic), key=rank), ordered=True)
     run = states.goal + states.critic + states.seed.astype(str)
     states = states.assign(time=states.step, model=states.critic, label=critics, run=run, starts=0)
     place = ["env_id", "phase", "goal"]
     runs = states.groupby(place).run.transform("nunique")
-    lacking = states.groupby([*place, "time"]).run.transform("nunique") < runs
-    for names, part in states[lacking].groupby(place):
-        steps = ", ".join(f"{step:,}" for step in sorted(set(part.step)))
-        note(f"{', '.join(names)}: not all runs have step {steps}: left out")
-    columns = [*place, "label", "model", "run", "starts", "time"]
-    runs = states[~lacking].groupby(columns)[SIMILARITIES].mean().reset_index()
-    if runs.empty:
+    common = states.groupby([*place, "time"]).run.transform("nunique") == runs
+    if not common.all():
+        note(f"not all runs of a panel have steps {sorted(set(states.time[~common]))}: left out")
+    states = states[common]
+    if states.empty:
         stop("no checkpoint that all runs of a panel have: train with --save-every")
+    columns = [*place, "label", "model", "run", "starts", "time"]
+    runs = states.groupby(columns)[SIMILARITIES].mean().reset_index()
     runs = runs.assign(unit="environment steps", quantity="cosine similarity")
     panels, levels = {}, {}
     for (env_id, policy, file), part in runs.groupby(place):
         name = f"{env_id}, {policy}"
         name += f", {file}" * (name in panels)
-        panels[name] = part.rename(columns={CS: "return"})
+        panels[name] = part.rename(columns={"cosine_similarity": "return"})
         best = part.similarity_of_two[part.time > 0].mean()  # nan without --repeat
         levels[name] = {"chance": 0} | ({"best\npossible": best**0.5} if best > 0 else {})
     runs = runs.melt(columns, SIMILARITIES[:2], "split", "return").dropna()
     names = {"split": "similarity", "phase": "policy", "goal": "table"}
     table = comparisons(runs).rename(columns=names)
     save(table[table.measure == "curve"], args.out / "gradient_comparisons.csv")
-    draw(panels, args.title or TITLE, args.out / "gradient_accuracy.png", levels=levels)
-    states = states[~lacking & (states.time > 0)].groupby([*place, "critic"])
+    draw(panels, args.title, args.out / "gradient_accuracy.png", levels=levels)
+    states = states[states.time > 0].groupby([*place, "critic"])
     print(states[[*SIMILARITIES, "saturated"]].mean().round(3).to_string())
 
 
@@ -355,20 +331,19 @@ def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
     """The rows of all checkpoints of the runs in there."""
     runs = find_runs(folders, "critic", td3_hyper, sac_hyper)
     for _, run_args, _ in runs.values():
-        check_env(run_args, args.num_actions)
+        (env,) = make_envs(run_args, 1)
+        if args.num_actions < (minimum := env.action_space.shape[0] + 2):
+            stop(f"--num-actions must be at least {minimum} for {run_args.env_id}")
     settings = {name: (vars(args) | vars(run_args))[name] for name in SETTINGS}
 
-    def measure_checkpoint(*names) -> list[dict]:
-        *run, step = names
-        script, run_args, run_dir = runs[tuple(run)]
+    def measure_checkpoint(env_id: str, critic: str, seed: int, step: int) -> list[dict]:
+        script, run_args, run_dir = runs[env_id, critic, seed]
         envs = make_envs(run_args, args.num_states + args.num_actions)
         dims = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
         agent = script.Agent(*dims, run_args)
         load(agent, run_dir / f"step_{step}.pt")
         rows = measure(agent, run_args, envs, args, step)
         at_end.close()  # the environments of this checkpoint
-        mean = pd.DataFrame(rows)[CS].mean()
-        tqdm.write(f"{run_dir} step {step}: mean similarity {mean:.3f}")
         return [{"state": i, "actor_lr": run_args.actor_lr} | row for i, row in enumerate(rows)]
 
     todo = [(*run, step) for run in sorted(runs) for step in saved_steps(runs[run][-1])]
@@ -378,11 +353,10 @@ def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # batches of 15 gain nothing from more, and wait for busy cores
-    mujoco.set_mju_user_warning(lambda message: None)  # each copy would repeat them
-    files = [path for path in args.runs if path.suffix == ".csv"]
-    tables = {file: read_table(file, [*RUN, "step", "exp_name", CS]) for file in files}
-    folders = [path for path in args.runs if path not in files]
-    if folders or not files:
+    columns = [*RUN, "step", "cosine_similarity"]  # older tables lack some of the others
+    tables = {path: read_table(path, columns) for path in args.runs if path.suffix == ".csv"}
+    folders = [path for path in args.runs if path not in tables]
+    if folders or not tables:
         tables[args.out / "gradient_accuracy.csv"] = measure_runs(args, folders)
     show(tables, args)
 

@@ -15,7 +15,6 @@ returns with its 95% interval (χ²).
 """
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +27,6 @@ import tyro
 from gradient_accuracy import find_runs, load, measure_missing, read_table, saved_steps
 from plot import AFTER, BEFORE, draw, end_quietly, rank, save
 from scipy import stats
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import maml_hyper
 from hypernet import tune
@@ -57,44 +54,35 @@ class Args:
             raise ValueError("--num-checkpoints and --num-updates must be at least 1")
 
 
-def chosen_iterations(run_dir: Path, num: int) -> list[int]:
-    """The N of `num` of its step_N.pt, evenly spread, or of all."""
-    saved = saved_steps(run_dir)
-    places = np.linspace(0, len(saved) - 1, min(num, len(saved))).round().astype(int)
-    return [saved[place] for place in places]
+def draw_goals(args) -> tuple[np.ndarray, np.ndarray]:
+    """The training and test goals of a run of MAML or PEARL, as it draws them from its seed."""
+    rng = np.random.default_rng(args.seed)
+    train_goals = sample_goals(args.env_id, args.num_train_goals, rng, "train")
+    return train_goals, sample_goals(args.env_id, args.num_test_goals, rng, "test")
 
 
-class Task:
-    """The goals of a run, as maml_hyper.py draws them from its seed, and its policy's shape."""
+def make_policy_and_envs(args: maml_hyper.Args) -> tuple:
+    """A new policy, and environments of a batch of training goals and of all test goals."""
+    train_goals, test_goals = draw_goals(args)
+    goals, simulation = train_goals[: args.meta_batch_size], (torch.get_num_threads(), args.horizon)
+    envs = MetaVectorEnv(args.env_id, goals, args.episodes_per_goal, *simulation)
+    test_envs = MetaVectorEnv(args.env_id, test_goals, args.eval_episodes, *simulation)
+    spaces = envs.single_observation_space, envs.single_action_space
+    return maml_hyper.Policy(*(space.shape[0] for space in spaces), args), envs, test_envs
 
-    def __init__(self, args: maml_hyper.Args):
-        self.args, rng = args, np.random.default_rng(args.seed)
-        self.train_goals = sample_goals(args.env_id, args.num_train_goals, rng, "train")
-        test_goals = sample_goals(args.env_id, args.num_test_goals, rng, "test")
-        simulation = (torch.get_num_threads(), args.horizon)
-        goals = self.train_goals[: args.meta_batch_size]
-        self.envs = MetaVectorEnv(args.env_id, goals, args.episodes_per_goal, *simulation)
-        self.test_envs = MetaVectorEnv(args.env_id, test_goals, args.eval_episodes, *simulation)
-        spaces = self.envs.single_observation_space, self.envs.single_action_space
-        self.policy = maml_hyper.Policy(*(space.shape[0] for space in spaces), args)
-        self.policy.to(args.device)
 
-    def measure(self, weights: dict, iteration: int, update: int) -> dict[str, float]:
-        """The test returns and the KL divergence of one update from the stored weights."""
-        args, policy = self.args, self.policy
-        policy.load_state_dict(weights)
-        # 1 + update, because [seed, 0, 0] would be the stream of the run itself, default_rng(seed)
-        rng = np.random.default_rng([args.seed, iteration, 1 + update])
-        self.envs.set_goals(rng.choice(self.train_goals, args.meta_batch_size, replace=False))
-        rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, self.envs, rng, args)
-        post = maml_hyper.make_batch(rollouts[-1], args)
-        result = maml_hyper.update(policy, maml_hyper.MetaBatch(pre, steps, post), args)
-        if "kl" not in result:
-            place = f"update {update} at iteration {iteration}"
-            maml_hyper.stop(f"the gradient of {place} is not finite", code=1)
-        returns = maml_hyper.evaluate(policy, self.test_envs, args)
-        pre, post = returns["pre"].mean(), returns.get("post", returns["pre"]).mean()
-        return {"pre_return": pre, "post_return": post, "kl": result["kl"]}
+def update_once(policy, envs, test_envs, rng: np.random.Generator, args) -> dict[str, float]:
+    """One update on goals and episodes that `rng` draws: its test returns and KL divergence."""
+    train_goals, _ = draw_goals(args)
+    envs.set_goals(rng.choice(train_goals, args.meta_batch_size, replace=False))
+    rollouts, pre, inner_steps = maml_hyper.adapt_and_sample(policy, envs, rng, args)
+    meta_batch = maml_hyper.MetaBatch(pre, inner_steps, maml_hyper.make_batch(rollouts[-1], args))
+    result = maml_hyper.update(policy, meta_batch, args)
+    if "kl" not in result:
+        maml_hyper.stop("the gradient of an update is not finite", code=1)
+    returns = maml_hyper.evaluate(policy, test_envs, args)
+    pre, post = returns["pre"].mean(), returns.get("post", returns["pre"]).mean()
+    return {"pre_return": pre, "post_return": post, "kl": result["kl"]}
 
 
 def spreads(table: pd.DataFrame) -> pd.DataFrame:
@@ -110,49 +98,46 @@ def spreads(table: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values([*names[:3], "phase", *names[3:]])
 
 
-def show(table: pd.DataFrame, title: str, file: Path) -> None:
-    """Draws the spread over iterations with the panels of plot.py, by family and phase."""
-    models = pd.Categorical(table.model, sorted(set(table.model), key=rank), ordered=True)
-    run = table.exp_name + table.model + table.seed.astype(str)
-    table = table.rename(columns={"iteration": "time", "spread": "return"})
-    table = table.assign(label=models, run=run, unit="iterations before the updates")
-    table["quantity"] = "standard deviation of the return"
-    panels = {", ".join(names): part for names, part in table.groupby(["env_id", "phase"])}
-    draw(panels, title or "How far independent updates of one policy spread", file)
-
-
 def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
     """The rows of all updates of the runs in there."""
-    runs, task_of = find_runs(folders, "model", maml_hyper), {}
+    runs = find_runs(folders, "model", maml_hyper)
 
-    def measure(*names) -> list[dict]:
-        *run, iteration, update = names
-        _, run_args, run_dir = runs[tuple(run)]
-        if (*run, iteration) not in task_of:
-            tune(run_args.device, run_args.precision)
-            task_of.clear()
-            task = Task(run_args)
-            task_of[*run, iteration] = task, load(task.policy, run_dir / f"step_{iteration}.pt")
-        task, weights = task_of[*run, iteration]
-        return [task.measure(weights, iteration, update)]
+    def measure(env_id: str, model: str, seed: int, iteration: int, update: int) -> list[dict]:
+        _, run_args, run_dir = runs[env_id, model, seed]
+        policy, *envs = make_policy_and_envs(run_args)
+        load(policy, run_dir / f"step_{iteration}.pt")
+        # 1 + update, because [seed, 0, 0] would be the stream of the run itself, default_rng(seed)
+        rng = np.random.default_rng([seed, iteration, 1 + update])
+        return [update_once(policy, *envs, rng, run_args)]
 
+    tune("cpu", "float32")
     maml_hyper.keep_freed_memory()
-    chosen = {run: chosen_iterations(runs[run][-1], args.num_checkpoints) for run in sorted(runs)}
-    todo = [(*r, i, n) for r in chosen for i in chosen[r] for n in range(args.num_updates)]
-    settings = {"exp_name": next(iter(runs.values()))[1].exp_name}
-    return measure_missing(args.out / "gradient_noise.csv", COLUMNS, KEY, settings, todo, measure)
+    todo = []
+    for run in sorted(runs):
+        _, run_args, run_dir = runs[run]
+        saved = saved_steps(run_dir)
+        places = np.linspace(0, len(saved) - 1, min(args.num_checkpoints, len(saved)))
+        chosen = [saved[place] for place in places.round().astype(int)]
+        todo += [(*run, i, n) for i in chosen for n in range(args.num_updates)]
+    file, settings = args.out / "gradient_noise.csv", {"exp_name": run_args.exp_name}
+    return measure_missing(file, COLUMNS, KEY, settings, todo, measure)
 
 
 def main(args: Args) -> None:
-    files = [path for path in args.runs if path.suffix == ".csv"]
-    tables = [read_table(file, COLUMNS) for file in files]
-    folders = [path for path in args.runs if path not in files]
-    if folders or not files:
-        tables.append(measure_runs(args, folders))
-    table = spreads(pd.concat(tables))
+    tables = {path: read_table(path, COLUMNS) for path in args.runs if path.suffix == ".csv"}
+    folders = [path for path in args.runs if path not in tables]
+    if folders or not tables:
+        tables[args.out / "gradient_noise.csv"] = measure_runs(args, folders)
+    table = spreads(pd.concat(tables.values()))
     save(table, args.out / "gradient_noise_spread.csv")
-    show(table, args.title, args.out / "gradient_noise.png")
     print(table.round(2).to_string(index=False))
+    models = pd.Categorical(table.model, sorted(set(table.model), key=rank), ordered=True)
+    run = table.exp_name + table.model + table.seed.astype(str)
+    table = table.rename(columns={"iteration": "time", "spread": "return"})  # plot.py's names
+    table = table.assign(label=models, run=run, unit="iterations before the updates")
+    table["quantity"] = "standard deviation of the return"
+    panels = {", ".join(names): part for names, part in table.groupby(["env_id", "phase"])}
+    draw(panels, args.title, args.out / "gradient_noise.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ label is its model and the arguments that differ between runs of one model. Writ
 - learning_curves.png: the return (meta-RL: on test goals), a thin line for each run, a thick one
   for the mean of a label and, from five runs on, its 95% interval (t-distribution);
 - train_test_{env_id}.png: meta-RL's training and test goals side by side (Fig. 7);
-- dots.png, in place of these with --dots: the mean of the curve, a dot for each run;
+- dots.png, in place of these with --dots: the mean of the curve, a dot a run, a bar their mean;
 - final_scores.csv: the scores of each label; comparisons.csv: every two labels compared.
 
 The numbers, over the evaluations that all runs in question have, of which `last` is the last:
@@ -36,15 +36,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
 from scipy import stats
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+plt.switch_backend("Agg")
 warnings.filterwarnings("ignore", "Precision loss")  # of runs that are all alike
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
@@ -52,16 +50,14 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 COLOURS = {"sa-hyper": "#d55e00", "hyper": "#d55e00", "as-hyper": "#009e73", "context": "#0072b2"}
 COLOURS |= {"d2rl": "#8c8c8c", "resnet35": "#cc79a7", "resnet-features": "#7b4b2a"}
 COLOURS |= {"mlp-large": "#0072b2", "mlp-small": "#56b4e9", "mlp": "#000000", "vanilla": "#000000"}
-OTHERS = ["#6a3d9a", "#808000", "#8b0000", "#20b2aa"]  # of models that this project does not have
 LINES = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4))]
 
 # Arguments that a label never names, since they are in it already or change nothing
 UNNAMED = set("model critic env_id seed exp_name runs_dir device cuda_graph track".split())
 UNNAMED |= set("checkpoint_every save_every eval_every eval_episodes".split())
 UNNAMED |= set("total_timesteps num_iterations".split())
-HYPER = {"hyper_init", "primary_widths", "dynamic_width"}  # not named where they have no effect
 ALGORITHMS = {"policy_frequency": "TD3", "autotune": "SAC", "max_kl": "MAML", "latent_dim": "PEARL"}
-WORDS = {"algorithm": "{}", "precision": "{}", "context": "{} context", "hyper_init": "init {}"}
+WORDS = {"algorithm": "{}", "precision": "{}", "hyper_init": "init {}"}
 WORDS |= {"learning_starts": "{} random steps"}
 
 PLACE = ["env_id", "split", "phase", "goal"]
@@ -134,10 +130,10 @@ def in_words(name: str, value) -> str:
         return " ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, list):
         value = "-".join(map(str, value))
+    elif isinstance(value, float) and 0 < abs(value) < 0.01:
+        value = np.format_float_scientific(value, 3, trim="-", exp_digits=1)
     elif isinstance(value, float):
-        mantissa, exponent = f"{value:.3e}".split("e")
-        short = f"{float(mantissa):g}e{int(exponent)}"
-        value = short if 0 < abs(value) < 0.01 else f"{value:g}"
+        value = f"{value:g}"
     elif isinstance(value, int):
         value = f"{value:,}"
     return WORDS.get(name, words + " {}").format(value)
@@ -152,12 +148,8 @@ def label(runs: list[tuple[str, str, dict]], ignore: tuple[str, ...] = ()) -> li
     words, values = [], defaultdict(set)
     for env_id, model, args in runs:
         left_out = UNNAMED | {name.replace("-", "_") for name in ignore}
-        if "hyper" not in model and model != "resnet-features":
-            left_out |= HYPER
-        if args.get("buffer_size", 0) >= args.get("total_timesteps", np.inf):
-            args = args | {"buffer_size": {}}  # it never gets full, whatever its size
-        if args.get("num_adapt_steps") == 0:
-            left_out |= {"inner_lr", "first_order"}
+        if "hyper" not in model and model != "resnet-features":  # where these have no effect
+            left_out |= {"hyper_init", "primary_widths", "dynamic_width"}
         algorithm = next((name for flag, name in ALGORITHMS.items() if flag in args), None)
         named = {"algorithm": algorithm} | {n: v for n, v in args.items() if n not in left_out}
         words.append({n: in_words(n, v) for n, v in named.items() if v is not None})
@@ -205,9 +197,8 @@ def read(folders: tuple[Path, ...], ignore: tuple[str, ...] = ()) -> pd.DataFram
             continue
         if not (run / "summary.json").exists():
             note(f"unfinished: {run}, evaluated up to {table.time.max()}")
-        names = {"env_id": env_id, "model": model, "run": str(run)}
-        starts = args.get("learning_starts", 0)
-        tables.append(table.assign(**names, starts=starts, quantity="return per episode"))
+        row = {"env_id": env_id, "model": model, "run": str(run), "quantity": "return per episode"}
+        tables.append(table.assign(**row, starts=args.get("learning_starts", 0)))
         runs.append((env_id, model, args))
     if not tables:
         stop("no run in there has been evaluated yet")
@@ -247,20 +238,19 @@ def improvement(a, b, axis=-1):
 def compare(a, b) -> dict[str, float]:
     """Compares two sets of runs by their scores; the intervals are nan if one has a single run."""
     a, b = np.asarray(a, float), np.asarray(b, float)
-    low = high = p = probability_low = probability_high = np.nan
+    row = {"runs_a": len(a), "runs_b": len(b), "mean_a": a.mean(), "mean_b": b.mean()}
+    row |= {"difference": a.mean() - b.mean(), "low": np.nan, "high": np.nan, "p": np.nan}
+    row |= {"probability": improvement(a, b), "probability_low": np.nan, "probability_high": np.nan}
     if min(len(a), len(b)) > 1:
         if a.std() + b.std() > 0:
-            low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+            row["low"], row["high"] = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
         options = {"vectorized": True, "n_resamples": 9999, "rng": np.random.default_rng(0)}
-        p = stats.permutation_test(  # exact for few runs
+        row["p"] = stats.permutation_test(  # exact for few runs
             (a, b), lambda a, b, axis: a.mean(axis) - b.mean(axis), **options
         ).pvalue
         bootstrap = stats.bootstrap((a, b), improvement, method="percentile", **options)
-        probability_low, probability_high = bootstrap.confidence_interval
-    row = {"runs_a": len(a), "runs_b": len(b), "mean_a": a.mean(), "mean_b": b.mean()}
-    row |= {"difference": a.mean() - b.mean(), "low": low, "high": high, "p": p}
-    row |= {"probability": improvement(a, b), "probability_low": probability_low}
-    return row | {"probability_high": probability_high}
+        row["probability_low"], row["probability_high"] = bootstrap.confidence_interval
+    return row
 
 
 def comparisons(runs: pd.DataFrame) -> pd.DataFrame:
@@ -305,22 +295,22 @@ def final_scores(runs: pd.DataFrame) -> pd.DataFrame:
             scores, last = measure(some), in_common(some).index.max()
             row = {"env_id": env_id, "split": split, "phase": phase, "goal": goal, "label": name}
             row |= {"runs": len(scores), "last": last, **scores[["final", "curve"]].mean()}
+            row |= dict.fromkeys(("normalised", "gain_percent", "reached_at_percent"))
             if baseline is not None and split != "train":
                 row |= against(baseline, some)
             rows.append(row | {"finals": " ".join(f"{score:.6g}" for score in scores.final)})
-    columns = [*PLACE, "label", "runs", "last", "final", "curve", "normalised", "gain_percent"]
-    return pd.DataFrame(rows, columns=[*columns, "reached_at_percent", "finals"])
+    return pd.DataFrame(rows)
 
 
 def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
     """Colour (the model) and line style (the rest of the label, solid for most runs) of a label."""
     labels = runs.groupby("label").agg({"model": "first", "run": "nunique"})
-    rest = {name: name.removeprefix(model) for name, model in labels.model.items()}
+    models = labels.model.str.removesuffix("-oracle")
+    rest = {name: name.removeprefix(model) for name, model in models.items()}
     counts = labels.run.groupby(rest, sort=False).sum().sort_values(ascending=False, kind="stable")
     lines = dict(zip(counts.index, itertools.cycle(LINES)))
-    others = dict(zip(sorted(set(labels.model) - set(COLOURS)), itertools.cycle(OTHERS)))
-    colours = COLOURS | others
-    return {n: {"color": colours[m], "linestyle": lines[rest[n]]} for n, m in labels.model.items()}
+    colours = {name: COLOURS.get(model, "#6a3d9a") for name, model in models.items()}
+    return {name: {"color": colours[name], "linestyle": lines[rest[name]]} for name in labels.index}
 
 
 def curves(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> None:
@@ -365,38 +355,32 @@ def dots(axis, runs: pd.DataFrame, styles: dict[str, dict] | None = None) -> Non
 
 def draw(panels: dict, title: str, file: Path, with_dots: bool = False, levels=None) -> None:
     """A picture of the panels, title -> runs; levels: title -> text -> height of a dashed line."""
-    styles, same, lines = styles_of(pd.concat(panels.values())), {}, defaultdict(dict)
+    styles, same, legend = styles_of(pd.concat(panels.values())), {}, {}
     columns = 1 if with_dots or len(panels) == 1 else 2
     height, rows = 1 + 0.27 * len(styles) if with_dots else 3, -(-len(panels) // columns)
     figure = plt.figure(figsize=(9, 0.4 + height * rows), layout="constrained")
     for i, (name, panel) in enumerate(panels.items(), start=1):
-        axis = figure.add_subplot(rows, columns, i)
+        kind = (panel.env_id.iloc[0], panel.quantity.iloc[0])  # panels of a kind have one scale
+        scale = {"sharex" if with_dots else "sharey": same.get(kind)}
+        axis = same[kind] = figure.add_subplot(rows, columns, i, **scale)
         (dots if with_dots else curves)(axis, panel, styles)
         axis.set_title(name, fontsize=10)
         for text, y in (levels or {}).get(name, {}).items():
             axis.axhline(y, color="0.5", linewidth=1, linestyle="--", zorder=1)
             place = {"transform": axis.get_yaxis_transform(), "va": "center", "color": "0.4"}
             axis.text(1.01, y, text, fontsize=9, **place)
-        first = same.setdefault((panel.env_id.iloc[0], panel.quantity.iloc[0]), axis)  # one scale
-        if axis is not first:
-            (axis.sharex if with_dots else axis.sharey)(first)
-        first.autoscale_view()
-        for line, text in zip(*axis.get_legend_handles_labels()):
-            label, size = text[:-1].rsplit(" (", 1)
-            lines[label][int(size)] = line
-    if lines:
-        sizes = [" to ".join(map(str, sorted(of_panels))) for of_panels in lines.values()]
-        texts = [f"{label} ({size})" for label, size in zip(lines, sizes)]
+        lines, texts = axis.get_legend_handles_labels()
+        legend |= dict(zip(texts, lines))
+    if legend:
         how = "thin: one run, thick: the mean of the runs (their number)"
         how += ", upright: 95% interval of a run" * ("low" in panel)
-        how += ", band: 95% interval of the mean" * (max(map(max, lines.values())) >= 5)
-        place = {"loc": "outside lower center", "ncols": max(1, 130 // (max(map(len, texts)) + 10))}
-        handles = [next(iter(of_panels.values())) for of_panels in lines.values()]
-        figure.legend(handles, texts, title=how, frameon=False, **place)
-        figure.set_figheight(0.8 + height * rows + 0.22 * -(-len(texts) // place["ncols"]))
-    default = "A dot is a run, a bar the mean of the runs" if with_dots else "Return while learning"
-    wrapped = "\n".join(textwrap.wrap(title or default, 100))
-    figure.suptitle(wrapped, x=0.01, ha="left", fontsize=12)
+        bands = any(p.groupby("label").run.nunique().max() >= 5 for p in panels.values())
+        how += ", band: 95% interval of the mean" * bands
+        ncols = max(1, 130 // (max(map(len, legend)) + 10))
+        place = {"loc": "outside lower center", "ncols": ncols, "frameon": False}
+        figure.legend(legend.values(), legend, title=how, **place)
+        figure.set_figheight(0.8 + height * rows + 0.22 * -(-len(legend) // ncols))
+    figure.suptitle("\n".join(textwrap.wrap(title, 100)), x=0.01, ha="left", fontsize=12)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 

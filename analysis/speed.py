@@ -9,12 +9,10 @@ has full precision, "TF32" is what the scripts use for --precision float32, and 
 """
 
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 from unittest.mock import patch
 
@@ -23,22 +21,20 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the scripts do
 import numpy as np
 import torch
 import tyro
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from gradient_noise import make_policy_and_envs, update_once
 
 import maml_hyper
 import pearl_hyper
 import sac_hyper
 import td3_hyper
 from hypernet import CudaGraph, tune
-from meta_envs import MetaVectorEnv, sample_goals
 
-FWD_BACK, VEL = "HalfCheetahFwdBack-v0", "HalfCheetahVel-v0"
 HOPPER, CHEETAH = (11, 3), (20, 6)  # sizes of observation and action
-FULL_SIZE = (256, 512, 1024)  # widths of the primary networks
 CRITICS = get_args(get_type_hints(td3_hyper.Args)["critic"])
 SLOW_AND_MLP = ("sa-hyper", "as-hyper", "mlp-large", "resnet35", "mlp")
-Counts = tuple[int, ...]
+CPU = {"float32": {}, "bfloat16": {"precision": "bfloat16"}}
+GPU = {"float32": {}, "TF32": {}, "bfloat16": {"precision": "bfloat16"}}
+GPU |= {f"{name}, graph": options | {"cuda_graph": True} for name, options in GPU.items()}
 
 
 def print_row(*cells: object) -> None:
@@ -49,10 +45,10 @@ def print_row(*cells: object) -> None:
 def print_head(rounds: int, device: str, title: str, *columns: str) -> None:
     if rounds < 1:
         td3_hyper.stop(f"--rounds {rounds}: must be at least 1")
+    make_args(td3_hyper, device=device)  # exits if there is no such device
     tune(device, "float32")
-    name = f"{torch.get_num_threads()} threads"
-    name = name if device == "cpu" else torch.cuda.get_device_name(device)
-    print(f"\n{title}; {name}, PyTorch {torch.__version__}\n")
+    threads, version = torch.get_num_threads(), torch.__version__
+    print(f"\n{title}; {device}, {threads} threads, PyTorch {version}\n")
     print_row(*columns)
     print_row(*["---"] * len(columns))
 
@@ -63,18 +59,6 @@ def make_args(script, **options):
         return script.Args(**options)
     except ValueError as error:
         td3_hyper.stop(str(error))
-
-
-def arithmetics(device: str) -> dict[str, dict]:
-    """Name and arguments of what is compared on a device."""
-    if device == "cpu":
-        return {"float32": {}, "bfloat16": {"precision": "bfloat16"}}
-    plain = {"float32": {}, "TF32": {}, "bfloat16": {"precision": "bfloat16"}}
-    return plain | {f"{name}, graph": o | {"cuda_graph": True} for name, o in plain.items()}
-
-
-def set_tf32(name: str) -> None:
-    torch.backends.cuda.matmul.fp32_precision = "ieee" if "float32" in name else "tf32"
 
 
 def make_updates(script, args) -> list[Callable[[], dict]]:
@@ -106,51 +90,53 @@ def make_updates(script, args) -> list[Callable[[], dict]]:
     return [lambda: critics(batch, noise), lambda: critics(batch, noise) | actor(batch)]
 
 
-def print_updates(script, rows: list[dict], rounds: int, device: str, title: str, **sizes) -> None:
-    kinds, repeat = arithmetics(device), 1 if device == "cpu" else 20
+def medians(functions: dict[str, Callable[[], list]], rounds: int) -> dict[str, list[float]]:
+    """The medians of what each function measures; they take turns, and the first does not count."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            times[name].append(function())
+    return {name: np.median(rows[1:], 0).tolist() for name, rows in times.items()}
+
+
+def time_updates(name: str, updates: list[Callable[[], dict]], repeat: int) -> float:
+    """Milliseconds of an update in an arithmetic of that name."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if "float32" in name else "tf32"
+    start = time.perf_counter()
+    for _ in range(repeat):
+        for update in updates:
+            torch.stack([*update().values()]).tolist()  # waits for the GPU
+    return 1000 * (time.perf_counter() - start) / repeat / len(updates)
+
+
+def print_updates(script, rows: list[dict], rounds: int, device: str, title: str) -> None:
+    kinds, repeat = (CPU, 1) if device == "cpu" else (GPU, 20)
     title = f"Milliseconds of an update of {script.__name__}.py, {title}"
-    print_head(rounds, device, title, *rows[0], *kinds, "first / last")
+    print_head(rounds, device, title, *rows[0], *kinds)
     for row in rows:
-        updates = {}
+        functions = {}
         for name, options in kinds.items():
-            args = make_args(script, device=device, **sizes, **row, **options)
-            updates[name] = make_updates(script, args)
-        times = {name: [] for name in kinds}
-        for _ in range(rounds + 1):
-            for name, functions in updates.items():
-                set_tf32(name)
-                start = time.perf_counter()
-                for _ in range(repeat):
-                    for function in functions:
-                        torch.stack([*function().values()]).tolist()  # waits for the GPU
-                times[name].append((time.perf_counter() - start) / repeat / len(functions))
-        ms = [1000 * np.median(seconds[1:]).item() for seconds in times.values()]
-        print_row(*row.values(), *ms, ms[0] / ms[-1])
+            updates = make_updates(script, make_args(script, device=device, **row, **options))
+            functions[name] = partial(time_updates, name, updates, repeat)
+        print_row(*row.values(), *medians(functions, rounds).values())
 
 
 def off_policy(
     script,
     critics: tuple[Literal[CRITICS], ...] = SLOW_AND_MLP,
-    batch_sizes: Counts = (100, 256),
-    primary_widths: Counts = FULL_SIZE,
+    batch_sizes: tuple[int, ...] = (100, 256),
     rounds: int = 5,
     device: str = "cpu",
 ) -> None:
     """Milliseconds of an update."""
     rows = [{"critic": c, "batch_size": B} for c in critics for B in batch_sizes]
-    print_updates(script, rows, rounds, device, "sizes of Hopper", primary_widths=primary_widths)
+    print_updates(script, rows, rounds, device, "sizes of Hopper")
 
 
-def pearl(
-    num_goals: Counts = (16, 4),
-    primary_widths: Counts = FULL_SIZE,
-    rounds: int = 5,
-    device: str = "cpu",
-) -> None:
+def pearl(num_goals: tuple[int, ...] = (16, 4), rounds: int = 5, device: str = "cpu") -> None:
     """Milliseconds of an update."""
     rows = [{"model": m, "meta_batch_size": T} for m in ("mlp", "hyper") for T in num_goals]
-    title, sizes = f"{VEL}, 256 transitions a goal", {"primary_widths": primary_widths}
-    print_updates(pearl_hyper, rows, rounds, device, title, env_id=VEL, **sizes)
+    print_updates(pearl_hyper, rows, rounds, device, "HalfCheetah, 256 transitions a goal")
 
 
 MAML_ROWS = {
@@ -164,14 +150,8 @@ MAML_ROWS = {
 PHASES = "collect_episodes inner_step meta_gradient fisher_product line_search evaluate".split()
 
 
-def maml(
-    models: tuple[Literal[tuple(MAML_ROWS)], ...] = tuple(MAML_ROWS),
-    num_goals: int = 40,
-    primary_widths: Counts = FULL_SIZE,
-    rounds: int = 5,
-    device: str = "cpu",
-) -> None:
-    """Seconds of an iteration at a number of training goals, evaluated on half as many."""
+def maml(models: tuple[Literal[tuple(MAML_ROWS)], ...] = tuple(MAML_ROWS), rounds: int = 5) -> None:
+    """Seconds of an iteration at 40 training goals and 20 test goals, on the CPU."""
     seconds, starts = Counter(), []
 
     def timed(phase: str, function: Callable, *inputs, **options):
@@ -179,42 +159,27 @@ def maml(
             return function(*inputs, **options)
         starts.append(time.perf_counter())
         result = function(*inputs, **options)
-        if device != "cpu":
-            torch.cuda.synchronize()
         seconds[phase] += time.perf_counter() - starts.pop()
         return result
 
-    def iteration(policy, envs, test_envs, rng, args) -> list[float]:
+    def iteration(*inputs) -> list[float]:
         seconds.clear()
         start = time.perf_counter()
-        rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, envs, rng, args)
-        maml_hyper.evaluate(policy, test_envs, args)
-        post = maml_hyper.make_batch(rollouts[-1], args)
-        maml_hyper.update(policy, maml_hyper.MetaBatch(pre, steps, post), args)
+        update_once(*inputs)
         return [*(seconds[phase] for phase in PHASES), time.perf_counter() - start]
 
     maml_hyper.keep_freed_memory()
-    title = f"Seconds of an iteration of maml_hyper.py, {FWD_BACK}, {num_goals} goals"
-    print_head(rounds, device, title, "model", *PHASES, "whole")
+    title = "Seconds of an iteration of maml_hyper.py, HalfCheetahFwdBack-v0, 40 goals"
+    print_head(rounds, "cpu", title, "model", *PHASES, "whole")
+    iterations = {}
+    for name in models:
+        args = make_args(maml_hyper, device="cpu", **MAML_ROWS[name])
+        inputs = (*make_policy_and_envs(args), np.random.default_rng(1), args)
+        iterations[name] = partial(iteration, *inputs)
     functions = {phase: partial(timed, phase, getattr(maml_hyper, phase)) for phase in PHASES}
-    rng = np.random.default_rng(1)
-    sizes = {"num_train_goals": num_goals, "meta_batch_size": num_goals, "device": device}
-    inputs = {}
-    for name in models:
-        args = make_args(maml_hyper, primary_widths=primary_widths, **sizes, **MAML_ROWS[name])
-        goals = sample_goals(FWD_BACK, num_goals, rng)
-        simulation = (args.episodes_per_goal, torch.get_num_threads(), args.horizon)
-        envs = MetaVectorEnv(FWD_BACK, goals, *simulation)
-        test_envs = MetaVectorEnv(FWD_BACK, goals[: (num_goals + 1) // 2], *simulation)
-        policy = maml_hyper.Policy(*CHEETAH, args).to(device)
-        inputs[name] = (policy, envs, test_envs, rng, args)
-    times = {name: [] for name in models}
     with patch.multiple(maml_hyper, **functions):
-        for _ in range(rounds + 1):
-            for name in models:
-                times[name].append(iteration(*inputs[name]))
-    for name in models:
-        print_row(name, *np.median(times[name][1:], 0).tolist())
+        for name, row in medians(iterations, rounds).items():
+            print_row(name, *row)
 
 
 if __name__ == "__main__":

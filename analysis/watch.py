@@ -1,7 +1,7 @@
 """Plays episodes with the networks of a run of any of the four scripts, and prints their returns.
 
     python analysis/watch.py runs/td3_hyper/Hopper-v4/sa-hyper/seed1
-    python analysis/watch.py RUN_DIR --video agent.mp4      # or agent.gif; no display is needed
+    python analysis/watch.py RUN_DIR --video agent.mp4      # no display is needed
     python analysis/watch.py RUN_DIR --goal 1.5 --human     # a window; meta-RL: another task
 
 Actions are deterministic. TD3 and SAC start as in their evaluation, so that the returns are those
@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,19 +25,15 @@ import numpy as np
 import torch
 import tyro
 from gradient_accuracy import load, read_config, saved_steps
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from gradient_noise import draw_goals
 
 import maml_hyper
 import pearl_hyper
 import sac_hyper
 import td3_hyper
 from hypernet import tune
-from meta_envs import MetaVectorEnv, sample_goals
+from meta_envs import MetaVectorEnv
 from td3_hyper import at_end, stop
-
-META = (maml_hyper, pearl_hyper)
 
 
 @dataclass
@@ -54,29 +49,20 @@ class Args:
     adapt: bool = False
     """MAML: adapt the policy to the goal first"""
     video: Path | None = None
-    """film the episodes, FILE.mp4 or FILE.gif, at most 30 frames a second"""
-    width: int = 480
-    """MuJoCo: pixels of the video's width and height"""
+    """film the episodes, FILE.mp4, at most 30 frames a second"""
     human: bool = False
     """show the episodes in a window"""
 
     def __post_init__(self):
-        if self.episodes < 1 or self.width < 16:
-            raise ValueError("--episodes must be at least 1 and --width at least 16")
-        if self.video and self.video.suffix not in (".mp4", ".gif"):
-            raise ValueError(f"--video {self.video}: must end with .mp4 or .gif")
+        if self.episodes < 1:
+            raise ValueError("--episodes must be at least 1")
+        if self.video and self.video.suffix != ".mp4":
+            raise ValueError(f"--video {self.video}: must end with .mp4")
         if self.video and self.human:
             raise ValueError("--video and --human exclude each other")
 
 
-def first_test_goal(run_args) -> float:
-    """As the run drew it."""
-    rng = np.random.default_rng(run_args.seed)
-    sample_goals(run_args.env_id, run_args.num_train_goals, rng, "train")
-    return sample_goals(run_args.env_id, run_args.num_test_goals, rng, "test")[0]
-
-
-def maml_policy(policy: nn.Module, goal: float, adapt: bool, run_args) -> Callable:
+def maml_policy(policy: maml_hyper.Policy, goal: float, adapt: bool, run_args) -> Callable:
     """obs (obs,) -> the policy's mean action (action,)"""
     steps, context = [], torch.tensor([[goal]], dtype=torch.float32)
     if adapt:
@@ -84,37 +70,33 @@ def maml_policy(policy: nn.Module, goal: float, adapt: bool, run_args) -> Callab
         envs = MetaVectorEnv(run_args.env_id, [goal], episodes, horizon=run_args.horizon)
         _, _, steps = maml_hyper.adapt_and_sample(policy, envs, rng, run_args)
 
-    def act(obs: Tensor) -> Tensor:
+    def act(obs: torch.Tensor) -> torch.Tensor:
         with maml_hyper.adapted(policy, steps):
             return policy(context, obs[None, None]).mean[0, 0].clamp(-1, 1)
 
     return act
 
 
-def pearl_policy(agent: nn.Module, goal: float, rng: np.random.Generator, run_args) -> Callable:
+def pearl_policy(agent: pearl_hyper.Agent, goal: float, rng, run_args) -> Callable:
     """obs (obs,) -> the action (action,) of a z from the posterior"""
     goals, context = np.array([goal]), None
     if run_args.context == "learned":
-        envs = MetaVectorEnv(run_args.env_id, goals, 1, 1, run_args.horizon)
-        trajectories = []
-        for _ in range(2):
-            z = pearl_hyper.sample_z(agent, goals, None, rng, run_args)
-            slots = np.ones(1, dtype=bool)
-            rows, alive = pearl_hyper.rollout(agent.policy, z, envs, slots, rng, deterministic=True)
-            trajectories.append(rows[alive])
+        envs = MetaVectorEnv(run_args.env_id, goals, 2, 1, run_args.horizon)
+        z = pearl_hyper.sample_z(agent, np.repeat(goals, 2), None, rng, run_args)
+        slots = np.ones(2, dtype=bool)
+        rows, alive = pearl_hyper.rollout(agent.policy, z, envs, slots, rng, deterministic=True)
         context_width = agent.encoder.net.layers[0].in_features  # obs, action, reward
-        context = torch.cat(trajectories)[None, :, :context_width]
+        context = rows[alive][None, :, :context_width]
     generated = agent.policy.generate(pearl_hyper.sample_z(agent, goals, context, rng, run_args))
     return lambda obs: agent.policy.dynamic(generated, obs[None, None])[0][0, 0].tanh()
 
 
 def main(args: Args) -> None:
     run_dir = args.run_dir
-    script, run_args = read_config(run_dir / "config.json", td3_hyper, sac_hyper, *META)
-    meta, steps = script in META, saved_steps(run_dir)
-    if args.step not in (None, *steps):
-        stop(f"{run_dir} has no step_{args.step}.pt, only those of {', '.join(map(str, steps))}")
-    file = run_dir / f"step_{steps[-1] if args.step is None else args.step}.pt"
+    meta_scripts = maml_hyper, pearl_hyper
+    script, run_args = read_config(run_dir / "config.json", td3_hyper, sac_hyper, *meta_scripts)
+    meta, last = script in meta_scripts, saved_steps(run_dir)[-1]
+    file = run_dir / f"step_{last if args.step is None else args.step}.pt"
     if args.goal is not None and not meta:
         stop(f"--goal is for runs of MAML and PEARL, {run_dir} is one of {script.__name__}.py")
     if args.adapt and not getattr(run_args, "num_adapt_steps", 0):
@@ -125,13 +107,10 @@ def main(args: Args) -> None:
     glfw.terminate()
     if args.video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display
-    options = {}  # not every environment has a render_mode
-    if args.human or args.video:
-        options["render_mode"] = "human" if args.human else "rgb_array"
-    if args.video and args.width != 480:
-        options |= {"width": args.width, "height": args.width}
+    mode = "human" if args.human else "rgb_array" if args.video else None
+    options = {"render_mode": mode} if mode else {}  # not every environment has one
     if meta:
-        goal = first_test_goal(run_args) if args.goal is None else args.goal
+        goal = draw_goals(run_args)[1][0] if args.goal is None else args.goal
         options["max_episode_steps"] = run_args.horizon
         try:
             env = gym.make(run_args.env_id, goal=goal, **options)
@@ -164,32 +143,25 @@ def main(args: Args) -> None:
     every = math.ceil(fps / 30)
     print(f"{file}{f', goal {goal:g}' if meta else ''}")
     returns = []
-    with open_video(args.video, fps / every) if args.video else nullcontext() as video:
-        for episode in range(args.episodes):
-            if script is pearl_hyper:
-                policy = pearl_policy(networks, goal, rng, run_args)
-            obs, _ = env.reset(seed=run_args.seed + 100 if episode == 0 else None)
-            returns.append(0.0)
-            length, done = 0, False
-            while not done:
-                if video and length % every == 0:
-                    video.append_data(env.render())
-                with torch.no_grad():
-                    action = policy(torch.from_numpy(obs).float()).numpy()
-                obs, reward, terminated, truncated, _ = env.step(action)
-                returns[-1] += reward
-                length, done = length + 1, terminated or truncated
-            print(f"episode {episode}: return {returns[-1]:.2f}, {length} steps", flush=True)
+    if args.video:
+        film = imageio.get_writer(args.video, fps=fps / every, macro_block_size=2)
+        at_end.enter_context(film)
+    for episode in range(args.episodes):
+        if script is pearl_hyper:
+            policy = pearl_policy(networks, goal, rng, run_args)
+        obs, _ = env.reset(seed=run_args.seed + 100 if episode == 0 else None)
+        returns.append(0.0)
+        length, done = 0, False
+        while not done:
+            if args.video and length % every == 0:
+                film.append_data(env.render())
+            with torch.no_grad():
+                action = policy(torch.from_numpy(obs).float()).numpy()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[-1] += reward
+            length, done = length + 1, terminated or truncated
+        print(f"episode {episode}: return {returns[-1]:.2f}, {length} steps", flush=True)
     print(f"mean of {args.episodes}: {np.mean(returns):.2f}")
-
-
-def open_video(file: Path, fps: float):
-    try:
-        if file.suffix == ".gif":
-            return imageio.get_writer(file, duration=1000 / fps, loop=0)  # ms a frame, for ever
-        return imageio.get_writer(file, fps=fps, macro_block_size=2)
-    except OSError as error:
-        stop(f"--video {file}: {error}")
 
 
 if __name__ == "__main__":
@@ -200,5 +172,5 @@ if __name__ == "__main__":
         tune("cpu", "float32")
         with at_end, sac_hyper.at_end:  # closes the environment
             main(args)
-    except BrokenPipeError as error:  # watch.py RUN_DIR | head
-        stop(str(error), code=1)
+    except OSError as error:  # the film cannot be written, or nobody reads what is printed
+        stop(str(error))
