@@ -641,8 +641,8 @@ def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
 
 
-def write(file: Path, content: str | dict) -> None:
-    """Replaces a file (text or `torch.save`); a crash or a full disk leaves the old one whole."""
+def write(file: Path, content: str | dict, previous: Path | None = None) -> None:
+    """Replaces a file whole or not at all (crash, full disk); the old one becomes `previous`."""
     tmp = file.with_name(file.name + ".tmp")
     try:
         with open(tmp, "wb") as stream:
@@ -652,6 +652,8 @@ def write(file: Path, content: str | dict) -> None:
                 torch.save(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
+        if previous and file.exists():
+            os.replace(file, previous)
         os.replace(tmp, file)
     except (OSError, RuntimeError) as error:
         tmp.unlink(missing_ok=True)
@@ -763,11 +765,7 @@ class Run:
             state = {"args": self.config, "step": step, "env_steps": self.env_steps}
             state |= {"eval_csv": self.eval_csv, "rng": self.rng.bit_generator.state}
             state |= {name: part.state_dict() for name, part in self.parts.items()}
-            newest = self.dir / "checkpoint.pt"
-            write(self.dir / "checkpoint.new.pt", state)
-            if newest.exists():
-                os.replace(newest, self.dir / "checkpoint.prev.pt")
-            os.replace(self.dir / "checkpoint.new.pt", newest)
+            write(self.dir / "checkpoint.pt", state, previous=self.dir / "checkpoint.prev.pt")
             self.saved = step
 
     def save_networks(self, step: int, networks: nn.Module) -> None:

@@ -48,10 +48,10 @@ def run_of_400(run_main, trained) -> None:
     "name, args, steps, moments",
     [
         ("td3_hyper", small(2000), 2000, [1, None, 2, None, 3, None, None]),
-        # Before the 8th rename, which puts the fourth checkpoint in place
-        ("sac_hyper", [*small(400), "--precision", "bfloat16"], 400, [8]),
-        ("maml_hyper", [*MAML, "--num-iterations", 5, "--checkpoint-every", 1], 5, [8]),
-        ("pearl_hyper", [*PEARL, "--buffer-size", 30, "--num-iterations", 5], 5, [8]),
+        # Before the 7th rename, which puts the fourth checkpoint in place
+        ("sac_hyper", [*small(400), "--precision", "bfloat16"], 400, [7]),
+        ("maml_hyper", [*MAML, "--num-iterations", 5, "--checkpoint-every", 1], 5, [7]),
+        ("pearl_hyper", [*PEARL, "--buffer-size", 30, "--num-iterations", 5], 5, [7]),
     ],
 )
 def test_a_killed_run_ends_like_one_never_killed(run_main, name, args, steps, moments):
