@@ -793,8 +793,7 @@ class Run:
         self.log(step, "eval", means)
         self.log(step, "charts", {"SPS": sps})
         text = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
-        speed = f" ({sps:.0f} environment steps per second)" if sps else ""
-        self.bar.write(f"{self.unit} {step}: {text}{speed}")
+        self.bar.write(f"{self.unit} {step}: {text} ({sps:.0f} environment steps per second)")
 
     def finish(self, results: dict[str, float]) -> None:
         """Marks the run as complete."""
