@@ -697,7 +697,6 @@ class Run:
         self.rng, self.parts, self.env_steps = rng, parts, 0
         self.config = json.loads(json.dumps(asdict(self.args)))
         summary, step = self.dir / "summary.json", 0
-        self.saved = -self.args.checkpoint_every
         if checkpoint := self.load_checkpoint():
             old, step = checkpoint["args"], checkpoint["step"]
             differ = [n for n in self.config if n not in self.FREE and old.get(n) != self.config[n]]
@@ -716,8 +715,8 @@ class Run:
                 part.load_state_dict(checkpoint[name])
             rng.bit_generator.state = checkpoint["rng"]
             self.eval_csv, self.env_steps = checkpoint["eval_csv"], checkpoint["env_steps"]
-            self.saved = step
             os.replace(checkpoint["file"], self.dir / "checkpoint.pt")
+        self.next_checkpoint = step
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
         versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
@@ -760,13 +759,13 @@ class Run:
 
     def save_checkpoint(self, step: int) -> None:
         """Saves all that the rest of the run depends on, if it is due; keeps the previous one."""
-        if step >= self.saved + self.args.checkpoint_every or step == self.total:
+        if step >= self.next_checkpoint or step == self.total:
             self.writer.flush()
             state = {"args": self.config, "step": step, "env_steps": self.env_steps}
             state |= {"eval_csv": self.eval_csv, "rng": self.rng.bit_generator.state}
             state |= {name: part.state_dict() for name, part in self.parts.items()}
             write(self.dir / "checkpoint.pt", state, previous=self.dir / "checkpoint.prev.pt")
-            self.saved = step
+            self.next_checkpoint = step + self.args.checkpoint_every
 
     def save_networks(self, step: int, networks: nn.Module) -> None:
         """Saves step_N.pt, if it is due."""
