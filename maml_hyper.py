@@ -628,11 +628,10 @@ def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
             raise ValueError(f"{flag} needs at least one number")
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
-                minimum = 1 if type(number) is int and name not in from_0 else 0
-                if not minimum <= number < 2**62:
-                    raise ValueError(f"{flag} {number}: must be at least {minimum}, and finite")
-                if name in to_1 and number > 1:
-                    raise ValueError(f"{flag} {number}: must be at most 1")
+                low = 1 if type(number) is int and name not in from_0 else 0
+                high = 1 if name in to_1 else 1e18
+                if not low <= number <= high:
+                    raise ValueError(f"{flag} {number}: must be from {low} to {high:g}")
     try:
         torch.zeros(1, device=args.device).item()  # fails on meta, which holds no numbers
     except (RuntimeError, AssertionError) as error:
