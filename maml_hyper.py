@@ -731,8 +731,7 @@ class Run:
                 write(id_file, os.urandom(8).hex())
             options = dict(id=id_file.read_text(), resume="allow", sync_tensorboard=True)
             try:
-                name = "-".join(self.dir.parts[-4:])
-                wandb.init(project="hypernets", name=name, config=self.config, **options)
+                wandb.init(project="hypernets", name=str(self.dir), config=self.config, **options)
             except wandb.Error as error:
                 stop(f"--track: {error}")
         for i, file in enumerate(sorted(self.dir.glob("events.*"))):  # the new one must sort last
