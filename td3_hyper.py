@@ -13,7 +13,6 @@ import ast
 import contextlib
 import copy
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -524,7 +523,7 @@ class Run:
         self.next_checkpoint = step
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
-        versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
+        versions = {n: sys.modules[n].__version__ for n in ("torch", "numpy", "gymnasium")}
         git = ["env", "git", "-C", Path(__file__).parent, "rev-parse", "--verify", "HEAD"]
         versions["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
