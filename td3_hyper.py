@@ -344,8 +344,7 @@ def make_envs(args: Args) -> tuple[gym.Env, gym.Env]:
     """One to train in and one to evaluate in, of which the second has made a step."""
     env, eval_env = make_env(args), make_env(args)
     if env.spec.max_episode_steps is None:
-        limit = "--env-kwargs max_episode_steps 1000"
-        print(f"warning: no time limit; if an episode may never end, add {limit}", file=sys.stderr)
+        print("warning: no time limit: --env-kwargs max_episode_steps N sets one", file=sys.stderr)
     eval_env.reset(seed=args.seed)  # fail here, before a run directory is made
     eval_env.step(np.zeros(env.action_space.shape, np.float32))
     return env, eval_env

@@ -73,7 +73,7 @@ def test_transitions_are_stored_and_truncation_is_no_termination(run_main, scrip
 
 # In what follows TD3 stands for SAC, which makes its environment in the same words.
 def test_an_environment_without_a_time_limit_gets_a_warning_whose_advice_works(run_main):
-    hint = "no time limit; if an episode may never end, add --env-kwargs max_episode_steps 1000"
+    hint = "no time limit: --env-kwargs max_episode_steps N sets one"
     # An environment may also end by itself, so it is only a warning
     for seed, word, warned in ((1, "terminate_after", True), (2, "max_episode_steps", False)):
         args = ["--env-id", "toy_envs:Clock-v0", *TOY, "--seed", seed, "--env-kwargs", word, 5]
