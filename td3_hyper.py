@@ -365,9 +365,8 @@ def make_env(args: Args, **kwargs) -> gym.Env:
             raise ValueError(f"needs flat observations and flat, bounded actions: {obs}, {action}")
         if action.dtype.kind != "f":
             raise ValueError(f"needs actions of a float type, not {action.dtype}: {action}")
-        with np.errstate(all="ignore"):
-            scale = 2 / (action.high - action.low)  # inf or 0 where that is 0 or overflows
-        if not ((0 < scale) & (scale < np.inf)).all():
+        width = np.subtract(action.high, action.low, dtype=np.longdouble)
+        if not ((1e-30 < width) & (width < 1e30)).all():
             raise ValueError(f"needs actions with bounds that are neither equal nor huge: {action}")
         env = gym.wrappers.TransformReward(env, to_float)
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="totals")
