@@ -79,11 +79,9 @@ class Args:
     """the temperature with --no-autotune (released, in its example commands)"""
 
     env_id: str = "Hopper-v4"
-    """Gymnasium environment with a flat Box of observations and a bounded, flat Box of actions
-    (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
+    """Gymnasium id; flat Boxes, bounded actions (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
     env_kwargs: dict[str, str] = field(default_factory=dict)
-    """the environment's own arguments, values as in Python (true, none and inf in any case); the
-    paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
+    """its arguments, as in Python; the paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
     seed: int = 1
     """seed of all random numbers (paper: 5 seeds)"""
     total_timesteps: int = 1_000_000
