@@ -115,9 +115,8 @@ class Args:
             self.learning_starts = 10_000 if slow else 1_000
         self.env_kwargs = {name: read_value(value) for name, value in self.env_kwargs.items()}
         check_args(self, from_0=("seed", "save_every", "learning_starts"), to_1=("gamma", "tau"))
-        starts, total = self.learning_starts, self.total_timesteps
-        if starts >= total:
-            raise ValueError(f"--learning-starts {starts} must be below --total-timesteps {total}")
+        if self.learning_starts >= self.total_timesteps:
+            raise ValueError("--learning-starts must be below --total-timesteps")
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError("--cuda-graph needs --device cuda")
 

@@ -223,7 +223,7 @@ def test_without_an_intact_checkpoint_it_refuses_and_changes_nothing(run_main, r
         ("td3", "--seed -1", ["--seed -1: must be from 0 to"]),
         ("td3", "--actor-lr nan", ["--actor-lr nan"]),
         ("td3", "--gamma 1.5", ["--gamma 1.5: must be from 0 to 1"]),
-        ("td3", "--learning-starts 1000000", ["must be below --total-timesteps 1000000"]),
+        ("td3", "--learning-starts 1000000", ["must be below --total-timesteps"]),
         ("td3", "--runs-dir /dev/null/runs", ["--runs-dir /dev/null/runs: cannot write"]),
         ("td3", "--device meta", ["--device meta"]),
         ("sac", "--alpha -1", ["--alpha -1.0: must be from 0"]),
