@@ -685,10 +685,7 @@ class Run:
             stop(f"--runs-dir {args.runs_dir}: cannot write or lock there: {error}")
 
     def resume(self, rng: np.random.Generator, **parts) -> int:
-        """Loads the last checkpoint, if any, into `rng` and `parts`; returns its step, or 0.
-
-        Exits if the run is complete or if the checkpoint was made with other arguments.
-        """
+        """Loads the last checkpoint. Returns its step, 0 in a new run; exits in a complete one."""
         self.rng, self.parts, self.env_steps = rng, parts, 0
         self.config = json.loads(json.dumps(asdict(self.args)))
         summary, step = self.dir / "summary.json", 0
