@@ -399,10 +399,8 @@ def make_env(args: Args, **kwargs) -> gym.Env:
             raise ValueError(f"give the version, the newest is {env.spec.id}")
         obs, action = env.observation_space, env.action_space
         flat = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in (obs, action))
-        if not flat or not action.is_bounded():
-            raise ValueError(f"needs flat observations and flat, bounded actions: {obs}, {action}")
-        if action.dtype.kind != "f":
-            raise ValueError(f"needs actions of a float type, not {action.dtype}: {action}")
+        if not flat or not action.is_bounded() or action.dtype.kind != "f":
+            raise ValueError(f"needs flat Boxes and bounded float actions, not {obs}, {action}")
         width = np.subtract(action.high, action.low, dtype=np.longdouble)
         if not ((1e-30 < width) & (width < 1e30)).all():
             raise ValueError(f"needs actions with bounds that are neither equal nor huge: {action}")
