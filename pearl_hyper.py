@@ -15,7 +15,6 @@ import functools
 import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
@@ -833,8 +832,6 @@ if __name__ == "__main__":
     try:
         args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
         tune(args.device, args.precision)
-        random.seed(args.seed)  # for environments that draw from the global generators
-        np.random.seed(args.seed % 2**32)
         with at_end:
             train(args)
     except OSError as error:  # the disk is full, say

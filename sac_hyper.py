@@ -380,6 +380,8 @@ def train(args: Args) -> None:
 
 def make_envs(args: Args) -> tuple[gym.Env, gym.Env]:
     """One to train in and one to evaluate in, of which the second has made a step."""
+    random.seed(args.seed)  # for those that draw from the global generators
+    np.random.seed(args.seed % 2**32)
     env, eval_env = make_env(args), make_env(args)
     if env.spec.max_episode_steps is None:
         print("warning: no time limit: --env-kwargs max_episode_steps N sets one", file=sys.stderr)
@@ -639,8 +641,6 @@ if __name__ == "__main__":
     try:
         args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
         tune(args.device, args.precision)
-        random.seed(args.seed)  # for environments that draw from the global generators
-        np.random.seed(args.seed % 2**32)
         with at_end:
             train(args)
     except OSError as error:  # the disk is full, say
