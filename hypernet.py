@@ -174,14 +174,15 @@ def make_mlp(input_dim: int, *widths: int) -> nn.Sequential:
 
 
 class ConcatCritic(nn.Module):
-    """Q(s, a) of a network on the concatenation: obs (..., obs), action (..., action) -> (...)."""
+    """Q(s, a) = net([features(s), a]): obs (..., obs), action (..., action) -> (...)."""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module, features: nn.Module | None = None):
         super().__init__()
+        self.features = features or nn.Identity()  # without features it is net([s, a])
         self.net = net
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        return self.net(torch.cat([obs, action], -1)).squeeze(-1)
+        return self.net(torch.cat([self.features(obs), action], -1)).squeeze(-1)
 
 
 class D2RL(nn.Module):
@@ -198,21 +199,6 @@ class D2RL(nn.Module):
         for layer in self.layers[1:]:
             h = F.relu(layer(torch.cat([h, x], -1)))
         return self.output(h)
-
-
-class ResNetFeaturesCritic(nn.Module):
-    """The primary network as a feature extractor: [primary(s), a] -> 256 -> 1.
-
-    One hidden layer, as in footnote 4; Sec. 5.2 has two.
-    """
-
-    def __init__(self, obs_dim: int, action_dim: int, primary_widths: tuple[int, ...]):
-        super().__init__()
-        self.features = make_primary(obs_dim, primary_widths)
-        self.critic = ConcatCritic(make_mlp(primary_widths[-1] + action_dim, 256))
-
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        return self.critic(self.features(obs), action)
 
 
 def make_critic(
@@ -233,8 +219,9 @@ def make_critic(
             return ConcatCritic(make_mlp(dim, 256))
         case "mlp-large":  # about as many weights as the hypernetwork
             return ConcatCritic(make_mlp(dim, 2900, 2900))
-        case "resnet-features":
-            return ResNetFeaturesCritic(obs_dim, action_dim, primary_widths)
+        case "resnet-features":  # one hidden layer, as in footnote 4; Sec. 5.2 has two
+            features = make_primary(obs_dim, primary_widths)
+            return ConcatCritic(make_mlp(primary_widths[-1] + action_dim, 256), features)
         case "resnet35":  # 4.6M weights (paper: 4.5M)
             blocks = [ResidualBlock(256) for _ in range(35)]
             net = nn.Sequential(nn.Linear(dim, 256), *blocks, nn.ReLU(), Float32Linear(256, 1))

@@ -14,8 +14,6 @@ import ast
 import contextlib
 import copy
 import functools
-import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -81,11 +79,9 @@ class Args:
     """the temperature with --no-autotune (released, in its example commands)"""
 
     env_id: str = "Hopper-v4"
-    """Gymnasium environment with a flat Box of observations and a bounded, flat Box of actions
-    (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
+    """Gymnasium id; flat Boxes, bounded actions (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
     env_kwargs: dict[str, str] = field(default_factory=dict)
-    """the environment's own arguments, values as in Python (true, none and inf in any case); the
-    paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
+    """its arguments, as in Python; the paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
     seed: int = 1
     """seed of all random numbers (paper: 5 seeds)"""
     total_timesteps: int = 1_000_000
@@ -119,9 +115,8 @@ class Args:
             self.learning_starts = 10_000 if slow else 1_000
         self.env_kwargs = {name: read_value(value) for name, value in self.env_kwargs.items()}
         check_args(self, from_0=("seed", "save_every", "learning_starts"), to_1=("gamma", "tau"))
-        starts, total = self.learning_starts, self.total_timesteps
-        if starts >= total:
-            raise ValueError(f"--learning-starts {starts} must be below --total-timesteps {total}")
+        if self.learning_starts >= self.total_timesteps:
+            raise ValueError("--learning-starts must be below --total-timesteps")
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError("--cuda-graph needs --device cuda")
 
@@ -385,10 +380,11 @@ def train(args: Args) -> None:
 
 def make_envs(args: Args) -> tuple[gym.Env, gym.Env]:
     """One to train in and one to evaluate in, of which the second has made a step."""
+    random.seed(args.seed)  # for those that draw from the global generators
+    np.random.seed(args.seed % 2**32)
     env, eval_env = make_env(args), make_env(args)
     if env.spec.max_episode_steps is None:
-        limit = "--env-kwargs max_episode_steps 1000"
-        print(f"warning: no time limit; if an episode may never end, add {limit}", file=sys.stderr)
+        print("warning: no time limit: --env-kwargs max_episode_steps N sets one", file=sys.stderr)
     eval_env.reset(seed=args.seed)  # fail here, before a run directory is made
     eval_env.step(np.zeros(env.action_space.shape, np.float32))
     return env, eval_env
@@ -405,13 +401,10 @@ def make_env(args: Args, **kwargs) -> gym.Env:
             raise ValueError(f"give the version, the newest is {env.spec.id}")
         obs, action = env.observation_space, env.action_space
         flat = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in (obs, action))
-        if not flat or not action.is_bounded():
-            raise ValueError(f"needs flat observations and flat, bounded actions: {obs}, {action}")
-        if action.dtype.kind != "f":
-            raise ValueError(f"needs actions of a float type, not {action.dtype}: {action}")
-        with np.errstate(all="ignore"):
-            scale = 2 / (action.high - action.low)  # inf or 0 where that is 0 or overflows
-        if not ((0 < scale) & (scale < np.inf)).all():
+        if not flat or not action.is_bounded() or action.dtype.kind != "f":
+            raise ValueError(f"needs flat Boxes and bounded float actions, not {obs}, {action}")
+        width = np.subtract(action.high, action.low, dtype=np.longdouble)
+        if not ((1e-30 < width) & (width < 1e30)).all():
             raise ValueError(f"needs actions with bounds that are neither equal nor huge: {action}")
         env = gym.wrappers.TransformReward(env, to_float)
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="totals")
@@ -475,21 +468,18 @@ def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
             raise ValueError(f"{flag} needs at least one number")
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
-                minimum = 1 if type(number) is int and name not in from_0 else 0
-                if not minimum <= number < 2**62:
-                    raise ValueError(f"{flag} {number}: must be at least {minimum}, and finite")
-                if name in to_1 and number > 1:
-                    raise ValueError(f"{flag} {number}: must be at most 1")
+                low = 1 if type(number) is int and name not in from_0 else 0
+                high = 1 if name in to_1 else 1e18
+                if not low <= number <= high:
+                    raise ValueError(f"{flag} {number}: must be from {low} to {high:g}")
     try:
         torch.zeros(1, device=args.device).item()  # fails on meta, which holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {error}") from None
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise ValueError("--track needs Weights & Biases: pip install wandb")
 
 
-def write(file: Path, content: str | dict) -> None:
-    """Replaces a file (text or `torch.save`); a crash or a full disk leaves the old one whole."""
+def write(file: Path, content: str | dict, previous: Path | None = None) -> None:
+    """Replaces a file whole or not at all (crash, full disk); the old one becomes `previous`."""
     tmp = file.with_name(file.name + ".tmp")
     try:
         with open(tmp, "wb") as stream:
@@ -499,6 +489,8 @@ def write(file: Path, content: str | dict) -> None:
                 torch.save(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
+        if previous and file.exists():
+            os.replace(file, previous)
         os.replace(tmp, file)
     except (OSError, RuntimeError) as error:
         tmp.unlink(missing_ok=True)
@@ -535,14 +527,10 @@ class Run:
             stop(f"--runs-dir {args.runs_dir}: cannot write or lock there: {error}")
 
     def resume(self, rng: np.random.Generator, **parts) -> int:
-        """Loads the last checkpoint, if any, into `rng` and `parts`; returns its step, or 0.
-
-        Exits if the run is complete or if the checkpoint was made with other arguments.
-        """
+        """Loads the last checkpoint. Returns its step, 0 in a new run; exits in a complete one."""
         self.rng, self.parts, self.env_steps = rng, parts, 0
         self.config = json.loads(json.dumps(asdict(self.args)))
         summary, step = self.dir / "summary.json", 0
-        self.saved = -self.args.checkpoint_every
         if checkpoint := self.load_checkpoint():
             old, step = checkpoint["args"], checkpoint["step"]
             differ = [n for n in self.config if n not in self.FREE and old.get(n) != self.config[n]]
@@ -561,26 +549,24 @@ class Run:
                 part.load_state_dict(checkpoint[name])
             rng.bit_generator.state = checkpoint["rng"]
             self.eval_csv, self.env_steps = checkpoint["eval_csv"], checkpoint["env_steps"]
-            self.saved = step
-            os.replace(checkpoint["file"], self.dir / "checkpoint.pt")
+        self.next_checkpoint = step
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
-        versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
+        versions = {n: sys.modules[n].__version__ for n in ("torch", "numpy", "gymnasium")}
         git = ["env", "git", "-C", Path(__file__).parent, "rev-parse", "--verify", "HEAD"]
         versions["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         config = {"args": self.config, "threads": torch.get_num_threads(), "versions": versions}
         write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
         print(f"{self.dir}: {self.unit} {step} of {self.total}")
         if self.args.track:
-            import wandb
-
             if not (id_file := self.dir / "wandb_id").exists():
                 write(id_file, os.urandom(8).hex())
             options = dict(id=id_file.read_text(), resume="allow", sync_tensorboard=True)
             try:
-                name = "-".join(self.dir.parts[-4:])
-                wandb.init(project="hypernets", name=name, config=self.config, **options)
-            except wandb.Error as error:
+                import wandb
+
+                wandb.init(project="hypernets", name=str(self.dir), config=self.config, **options)
+            except Exception as error:  # it is not installed, or nobody is logged in
                 stop(f"--track: {error}")
         for i, file in enumerate(sorted(self.dir.glob("events.*"))):  # the new one must sort last
             file.rename(file.with_name(re.sub(r"\d+", f"{i:010}", file.name, count=1)))
@@ -596,7 +582,7 @@ class Run:
             try:
                 if ZipFile(file).testzip():
                     raise ValueError("wrong checksum")
-                return torch.load(file, map_location="cpu", weights_only=True) | {"file": file}
+                return torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # many kinds, depending on where the damage is
                 print(f"warning: {file} is damaged ({error})", file=sys.stderr)
         if any(file.exists() for file in (*files, self.dir / "summary.json")):
@@ -605,17 +591,13 @@ class Run:
 
     def save_checkpoint(self, step: int) -> None:
         """Saves all that the rest of the run depends on, if it is due; keeps the previous one."""
-        if step >= self.saved + self.args.checkpoint_every or step == self.total:
+        if step >= self.next_checkpoint or step == self.total:
             self.writer.flush()
             state = {"args": self.config, "step": step, "env_steps": self.env_steps}
             state |= {"eval_csv": self.eval_csv, "rng": self.rng.bit_generator.state}
             state |= {name: part.state_dict() for name, part in self.parts.items()}
-            newest = self.dir / "checkpoint.pt"
-            write(self.dir / "checkpoint.new.pt", state)
-            if newest.exists():
-                os.replace(newest, self.dir / "checkpoint.prev.pt")
-            os.replace(self.dir / "checkpoint.new.pt", newest)
-            self.saved = step
+            write(self.dir / "checkpoint.pt", state, previous=self.dir / "checkpoint.prev.pt")
+            self.next_checkpoint = step + self.args.checkpoint_every
 
     def save_networks(self, step: int, networks: nn.Module) -> None:
         """Saves step_N.pt, if it is due."""
@@ -642,8 +624,7 @@ class Run:
         self.log(step, "eval", means)
         self.log(step, "charts", {"SPS": sps})
         text = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
-        speed = f" ({sps:.0f} environment steps per second)" if sps else ""
-        self.bar.write(f"{self.unit} {step}: {text}{speed}")
+        self.bar.write(f"{self.unit} {step}: {text} ({sps:.0f} environment steps per second)")
 
     def finish(self, results: dict[str, float]) -> None:
         """Marks the run as complete."""
@@ -660,8 +641,6 @@ if __name__ == "__main__":
     try:
         args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
         tune(args.device, args.precision)
-        random.seed(args.seed)  # for environments that draw from the global generators
-        np.random.seed(args.seed % 2**32)
         with at_end:
             train(args)
     except OSError as error:  # the disk is full, say

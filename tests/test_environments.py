@@ -73,7 +73,7 @@ def test_transitions_are_stored_and_truncation_is_no_termination(run_main, scrip
 
 # In what follows TD3 stands for SAC, which makes its environment in the same words.
 def test_an_environment_without_a_time_limit_gets_a_warning_whose_advice_works(run_main):
-    hint = "no time limit; if an episode may never end, add --env-kwargs max_episode_steps 1000"
+    hint = "no time limit: --env-kwargs max_episode_steps N sets one"
     # An environment may also end by itself, so it is only a warning
     for seed, word, warned in ((1, "terminate_after", True), (2, "max_episode_steps", False)):
         args = ["--env-id", "toy_envs:Clock-v0", *TOY, "--seed", seed, "--env-kwargs", word, 5]
@@ -149,10 +149,10 @@ def test_a_module_in_the_current_folder_is_found(run_main):
         ("Hoper-v4", ["--env-id Hoper-v4", "Did you mean: `Hopper`"]),
         ("Hopper", ["give the version, the newest is Hopper-v5"]),
         ("no_such_module:Env-v0", ["no_such_module"]),
-        ("CartPole-v1", ["needs flat observations and flat, bounded actions", "Discrete(2)"]),
+        ("CartPole-v1", ["needs flat Boxes and bounded float actions", "Discrete(2)"]),
         ("toy_envs:Image-v0", ["Box(0, 255, (8, 8, 3)"]),
-        ("toy_envs:Unbounded-v0", ["flat, bounded actions: Box(-inf, inf, (2,)"]),
-        ("toy_envs:Integer-v0", ["actions of a float type, not int32"]),
+        ("toy_envs:Unbounded-v0", ["bounded float actions", "Box(-inf, inf, (2,)"]),
+        ("toy_envs:Integer-v0", ["bounded float actions", "Box(-3, 3, (2,), int32)"]),
         ("toy_envs:Constant-v0", ["neither equal nor huge: Box([-1. 1.], 1.0, (2,), float32)"]),
         ("toy_envs:Huge-v0", ["neither equal nor huge: Box(-2e+38,"]),
         ("Hopper-v4 --env-kwargs no_such 1", ["--env-kwargs", "no_such", "(TypeError at "]),

@@ -131,7 +131,7 @@ def test_hyper_critics_differ_in_which_input_is_meta_and_features_feed_a_single_
         critic = make_critic(name, 5, 2, **small).double()
         torch.testing.assert_close(critic(obs, action), critic.hyper(*inputs).squeeze(-1))
     features = make_critic("resnet-features", 5, 2, **small).double()
-    hidden, output = features.critic.net[0], features.critic.net[2]
+    hidden, output = features.net[0], features.net[2]
     assert hidden.weight.shape == (256, 16 + 2) and output.weight.shape == (1, 256)
     latent = features.features(obs)
     expected = output(torch.relu(hidden(torch.cat([latent, action], -1)))).squeeze(-1)
