@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -384,7 +384,7 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 @torch.no_grad()
 def line_search(
-    policy: Policy, full_step: Tensor, chunks: list[MetaBatch], old: list[Gaussian], args: Args
+    policy: Policy, full_step: Tensor, chunks: list[MetaBatch], old: Sequence[Gaussian], args: Args
 ) -> dict[str, float]:
     """Moves θ by the largest 0.8^k full_step with a better surrogate and a small KL, if any."""
     theta = parameters_to_vector(policy.parameters())
@@ -412,11 +412,8 @@ def update(policy: Policy, meta_batch: MetaBatch, args: Args) -> dict[str, float
         products = (fisher_product(policy, theta, chunk, vector, args) for chunk in chunks)
         return sum(products) + args.cg_damping * vector
 
-    gradient, old = torch.zeros_like(theta), []
-    for chunk in chunks:
-        chunk_gradient, chunk_old = meta_gradient(policy, theta, chunk, args)
-        gradient += chunk_gradient
-        old.append(chunk_old)
+    gradients, old = zip(*(meta_gradient(policy, theta, chunk, args) for chunk in chunks))
+    gradient = sum(gradients)
     if not gradient.isfinite().all():
         return {"gradient_norm": math.nan}
     direction = conjugate_gradient(product, gradient, args.cg_iterations)
