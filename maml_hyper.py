@@ -339,11 +339,10 @@ def meta_gradient(
     policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args
 ) -> tuple[Tensor, Gaussian]:
     """∇_θ of the chunk's surrogate (see `adapted_outputs`), and its adapted policies at θ."""
-    leaf = theta.detach().requires_grad_()
-    new = adapted_outputs(policy, leaf, chunk, args)
+    new = adapted_outputs(policy, theta, chunk, args)
     old = Gaussian(new.mean.detach(), new.log_std.detach())
     surrogate, _ = surrogate_and_kl(new, old, chunk.post, args)
-    return torch.autograd.grad(surrogate, leaf)[0], old
+    return torch.autograd.grad(surrogate, theta)[0], old
 
 
 def fisher_product(
@@ -355,15 +354,14 @@ def fisher_product(
     its mean and 2 for its log_std. J v is computed in forward mode (one pass, where double backward
     has three), and multiplied by Jᵀ in a backward pass.
     """
-    leaf = theta.detach().requires_grad_()
     with fwAD.dual_level():
-        duals = adapted_outputs(policy, fwAD.make_dual(leaf, vector), chunk, args)
-        outputs, (d_mean, d_log_std) = zip(*map(fwAD.unpack_dual, duals))
-    outputs = Gaussian(*outputs)
-    share, variance = 1 / args.meta_batch_size, (2 * outputs.log_std.detach()).exp()
+        duals = adapted_outputs(policy, fwAD.make_dual(theta, vector), chunk, args)
+        mean, d_mean = fwAD.unpack_dual(duals.mean)
+        log_std, d_log_std = fwAD.unpack_dual(duals.log_std)
+    share, variance = 1 / args.meta_batch_size, (2 * log_std.detach()).exp()
     weight = share * chunk.post.sample_weight.unsqueeze(-1)
     F_J_v = (weight * d_mean.detach() / variance, 2 * share * d_log_std.detach())
-    return torch.autograd.grad(outputs, leaf, F_J_v)[0]
+    return torch.autograd.grad((mean, log_std), theta, F_J_v)[0]
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -406,7 +404,7 @@ def line_search(
 
 def update(policy: Policy, meta_batch: MetaBatch, args: Args) -> dict[str, float]:
     """One TRPO step of θ on the surrogate. Returns statistics of the step."""
-    theta, chunks = parameters_to_vector(policy.parameters()).detach(), split_tasks(meta_batch)
+    theta, chunks = parameters_to_vector(policy.parameters()), split_tasks(meta_batch)
 
     def product(vector: Tensor) -> Tensor:
         products = (fisher_product(policy, theta, chunk, vector, args) for chunk in chunks)
