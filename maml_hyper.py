@@ -412,8 +412,6 @@ def update(policy: Policy, meta_batch: MetaBatch, args: Args) -> dict[str, float
 
     gradients, old = zip(*(meta_gradient(policy, theta, chunk, args) for chunk in chunks))
     gradient = sum(gradients)
-    if not gradient.isfinite().all():
-        return {"gradient_norm": math.nan}
     direction = conjugate_gradient(product, gradient, args.cg_iterations)
     length = (2 * args.max_kl / direction.dot(product(direction))).sqrt()
     result = line_search(policy, length * direction, chunks, old, args)

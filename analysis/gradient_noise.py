@@ -89,7 +89,7 @@ class Task:
         rollouts, pre, steps = maml_hyper.adapt_and_sample(policy, self.envs, rng, args)
         post = maml_hyper.make_batch(rollouts[-1], args)
         result = maml_hyper.update(policy, maml_hyper.MetaBatch(pre, steps, post), args)
-        if "kl" not in result:
+        if not np.isfinite(result["gradient_norm"]):
             place = f"update {update} at iteration {iteration}"
             maml_hyper.stop(f"the gradient of {place} is not finite", code=1)
         returns = maml_hyper.evaluate(policy, self.test_envs, args)
