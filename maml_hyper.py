@@ -243,13 +243,11 @@ def adapted(policy: Policy, inner_steps: list[InnerStep]) -> Iterator[dict[nn.Li
         seen[layer] = (x, y)
         return y
 
-    layers = [layer for layer in policy.modules() if isinstance(layer, nn.Linear)]
-    hooks = [layer.register_forward_hook(add_steps) for layer in layers]
-    try:
+    with contextlib.ExitStack() as hooks:  # which removes them at the end
+        for layer in policy.modules():
+            if isinstance(layer, nn.Linear):
+                hooks.enter_context(layer.register_forward_hook(add_steps))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Batch(NamedTuple):
