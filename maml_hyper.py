@@ -301,17 +301,12 @@ def split_tasks(samples: tuple) -> list[tuple]:
     return [tree_map(lambda x, tasks=tasks: x[tasks], samples) for tasks in slices]
 
 
-def by_name(policy: Policy, theta: Tensor) -> dict[str, Tensor]:
-    """A vector of all parameters as views by name."""
-    pieces = theta.split([parameter.numel() for parameter in policy.parameters()])
-    return {n: piece.view_as(p) for (n, p), piece in zip(policy.named_parameters(), pieces)}
-
-
 def adapted_outputs(
     policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args, second_order: bool = True
 ) -> Gaussian:
-    """The adapted policies π_{θ_i} at the states of `chunk.post`, as a function of θ."""
-    theta = by_name(policy, theta)
+    """The adapted policies π_{θ_i} at the states of `chunk.post`, as a function of the vector θ."""
+    pieces = theta.split([parameter.numel() for parameter in policy.parameters()])
+    theta = {n: piece.view_as(p) for (n, p), piece in zip(policy.named_parameters(), pieces)}
     if args.first_order:
         inner_steps = chunk.inner_steps  # constants, from the sampling
     else:

@@ -53,7 +53,7 @@ def make_task(model: str, **changes) -> tuple[Args, Policy, torch.Tensor, MetaBa
     policy = make_policy(args)
     theta = parameters_to_vector(policy.parameters())
     *pre, post = make_batches(args.num_adapt_steps + 1)
-    inner_steps, parameters = [], maml_hyper.by_name(policy, theta)
+    inner_steps, parameters = [], policy.state_dict()
     for batch in pre:
         inputs = (policy, parameters, inner_steps, batch, args.inner_lr)
         step = maml_hyper.inner_step(*inputs, second_order=False)
