@@ -487,9 +487,8 @@ def collect_episodes(
             action = (mean + log_std.exp() * torch.from_numpy(noise).to(args.device)).cpu().numpy()
             if not np.isfinite(action).all():
                 goal = envs.goals[np.isfinite(action).all((1, 2)).argmin()]
-                hint = f" after {len(inner_steps)} inner steps: lower --inner-lr {args.inner_lr:g}"
-                hint = hint if inner_steps else ""
-                stop(f"the policy of goal {goal:g} is not finite{hint}", code=1)
+                hint = f"after {len(inner_steps)} inner steps: lower --inner-lr {args.inner_lr:g}"
+                stop(f"the policy of goal {goal:g} is not finite {hint}", code=1)
             clipped = action.reshape(T * E, -1).clip(low, high)
             obs, reward, terminated, truncated, _ = envs.step(clipped)
             all_actions[t], rewards[t] = action, reward.reshape(T, E)
