@@ -471,9 +471,8 @@ def collect_episodes(
     """An episode in each slot of `envs` with the adapted policies."""
     T, E, H = len(envs.goals), envs.episodes_per_goal, args.horizon
     low, high = envs.single_action_space.low, envs.single_action_space.high
-    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, low.shape
-    all_obs = np.zeros((H, T, E, obs_dim), dtype=np.float32)
-    all_actions = np.zeros((H, T, E, action_dim), dtype=np.float32)
+    all_obs = np.zeros((H, T, E, *envs.single_observation_space.shape), dtype=np.float32)
+    all_actions = np.zeros((H, T, E, *low.shape), dtype=np.float32)
     rewards, alive = np.zeros((H, T, E)), np.zeros((H, T, E), dtype=bool)
     context = torch.as_tensor(envs.goals[:, None], dtype=torch.float32, device=args.device)
     obs, _ = envs.reset(seed=int(rng.integers(2**31)))
@@ -483,7 +482,7 @@ def collect_episodes(
         for t in range(H):
             all_obs[t], alive[t] = obs.reshape(T, E, -1), ~done.reshape(T, E)
             mean = policy.dynamic(generated, torch.from_numpy(all_obs[t]).to(args.device))
-            noise = rng.standard_normal((T, E, action_dim), dtype=np.float32)
+            noise = rng.standard_normal(mean.shape, dtype=np.float32)  # (T, E, action)
             action = (mean + log_std.exp() * torch.from_numpy(noise).to(args.device)).cpu().numpy()
             if not np.isfinite(action).all():
                 goal = envs.goals[np.isfinite(action).all((1, 2)).argmin()]
