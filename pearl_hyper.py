@@ -504,12 +504,12 @@ def collect(
     args: Args,
     *,
     posterior: bool,
-) -> int:
+) -> None:
     """Adds whole trajectories, at least `num_steps` in each of the tasks with these indices (T,).
 
     Each trajectory has its own z, from the prior, or from the posterior of transitions drawn anew.
     Only those from the prior enter the encoder's buffer: no z depends on another trajectory, and
-    all run side by side. More follow if early ends leave steps missing. Returns the steps made.
+    all run side by side. More follow if early ends leave steps missing.
     """
     envs.set_goals(tasks.goals[chosen])
     slot_tasks = np.repeat(chosen, envs.episodes_per_goal)
@@ -529,7 +529,6 @@ def collect(
             if not posterior and args.context == "learned":
                 tasks.encoder_buffer.add(slot_tasks[slot], trajectory[:, :context_width])
         steps += alive.reshape(len(chosen), -1).sum(1)
-    return int(steps.sum())
 
 
 def evaluate(agent: Agent, envs: MetaVectorEnv, args: Args) -> dict[str, np.ndarray]:
@@ -608,17 +607,17 @@ def train(args: Args) -> None:
             break
 
         # Collect: at first in all tasks; then in some, with z ~ p(z), and with z ~ q(z|c)
-        steps = 0
         if iteration == 0:
             chosen, num_steps = np.arange(args.num_train_goals), args.num_initial_steps
             all_envs = make_envs(args, train_goals, math.ceil(num_steps / args.horizon))
-            steps += collect(agent, all_envs, tasks, chosen, num_steps, rng, args, posterior=False)
+            collect(agent, all_envs, tasks, chosen, num_steps, rng, args, posterior=False)
             all_envs.close()
         chosen = rng.integers(args.num_train_goals, size=args.num_collect_goals)
         for task in chosen:
             tasks.encoder_buffer.clear(task)
         for num_steps, posterior in (args.num_prior_steps, False), (args.num_posterior_steps, True):
-            steps += collect(agent, envs, tasks, chosen, num_steps, rng, args, posterior=posterior)
+            collect(agent, envs, tasks, chosen, num_steps, rng, args, posterior=posterior)
+        run.env_steps = sum(tasks.buffer.added)
 
         # Learn: Q and the encoder, V and the policy
         total = 0
@@ -632,9 +631,8 @@ def train(args: Args) -> None:
         weights = torch.stack([p.sum() for p in agent.parameters()]).tolist()
         run.check_finite(iteration, **losses, weight=weights)
         run.log(iteration, "losses", losses)
-        run.log(iteration, "charts", {"env_steps": run.env_steps + steps})
+        run.log(iteration, "charts", {"env_steps": run.env_steps})
         iteration += 1
-        run.env_steps += steps
         run.bar.update()
 
     run.finish(means | {"env_steps": run.env_steps})
