@@ -180,6 +180,14 @@ def autocast(x: Tensor, args: Args) -> torch.autocast:
     return torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
 
 
+def make_net(meta_dim: int, base_dim: int, out_dim: int, args: Args, output: float) -> nn.Module:
+    """Hypernetwork f_{w(meta)}(base), or MLP on both inputs, its last layer in ±output at first."""
+    if args.model == "hyper":
+        widths = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
+        return HyperNetwork(meta_dim, base_dim, out_dim, init=args.hyper_init, **widths)
+    return MLP(meta_dim + base_dim, 300, 300, 300, out_dim, output=output)
+
+
 class Critic(nn.Module):
     """Q(s, a, z) or V(s, z), with base [a, z] or z: obs (T, N, obs), base (T, N, x) -> (T, N).
 
@@ -189,11 +197,7 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, base_dim: int, args: Args):
         super().__init__()
         self.args = args
-        if args.model == "hyper":
-            widths = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
-            self.net = HyperNetwork(obs_dim, base_dim, 1, init=args.hyper_init, **widths)
-        else:
-            self.net = MLP(obs_dim + base_dim, 300, 300, 300, 1)
+        self.net = make_net(obs_dim, base_dim, 1, args, output=3e-3)
 
     def forward(self, obs: Tensor, *base: Tensor) -> Tensor:
         with autocast(obs, self.args):
@@ -210,12 +214,7 @@ class Policy(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, latent_dim: int, args: Args):
         super().__init__()
         self.args = args
-        if args.model == "hyper":
-            hyper = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
-            hyper["init"] = args.hyper_init
-            self.net = HyperNetwork(latent_dim, obs_dim, out_dim=2 * action_dim, **hyper)
-        else:
-            self.net = MLP(obs_dim + latent_dim, 300, 300, 300, 2 * action_dim, output=1e-3)
+        self.net = make_net(latent_dim, obs_dim, 2 * action_dim, args, output=1e-3)
 
     def generate(self, z: Tensor):
         """What is the same for all states of a task: dynamic weights, or z itself, (T, z)."""
