@@ -130,7 +130,7 @@ class Args:
     def __post_init__(self):
         hyper = self.model == "hyper"
         rates = {"critic_lr": 5e-5 if hyper else 3e-4, "policy_lr": 1e-4 if hyper else 3e-4}
-        defaults = VELOCITY | FAMILY_DEFAULTS.get(self.env_id, {}) | rates
+        defaults = VELOCITY | FAMILY_DEFAULTS.get(self.env_id, {}) | rates  # tables above train
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
@@ -139,17 +139,6 @@ class Args:
         )
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError("--cuda-graph needs --device cuda")
-
-
-VELOCITY = dict(num_train_goals=100, num_test_goals=30, meta_batch_size=16, context_batch_size=100,
-                num_prior_steps=400, num_posterior_steps=600, num_train_steps=2000,
-                eval_episodes=1)  # fmt: skip
-FWD_BACK = dict(num_train_goals=2, num_test_goals=2, meta_batch_size=4, context_batch_size=256)
-FAMILY_DEFAULTS = {  # where they differ from VELOCITY (released)
-    "HalfCheetahFwdBack-v0": FWD_BACK | dict(num_prior_steps=1000, num_posterior_steps=1000,
-                                             eval_episodes=4),
-    "AntFwdBack-v0": FWD_BACK | dict(num_train_steps=4000, eval_episodes=2),
-}  # fmt: skip
 
 
 class MLP(nn.Module):
@@ -560,6 +549,17 @@ def evaluate(agent: Agent, envs: MetaVectorEnv, args: Args) -> dict[str, np.ndar
         z = torch.cat(z)
     results["post"] = mean_returns(*play(z))
     return results
+
+
+VELOCITY = dict(num_train_goals=100, num_test_goals=30, meta_batch_size=16, context_batch_size=100,
+                num_prior_steps=400, num_posterior_steps=600, num_train_steps=2000,
+                eval_episodes=1)  # fmt: skip
+FWD_BACK = dict(num_train_goals=2, num_test_goals=2, meta_batch_size=4, context_batch_size=256)
+FAMILY_DEFAULTS = {  # where they differ from VELOCITY (released)
+    "HalfCheetahFwdBack-v0": FWD_BACK | dict(num_prior_steps=1000, num_posterior_steps=1000,
+                                             eval_episodes=4),
+    "AntFwdBack-v0": FWD_BACK | dict(num_train_steps=4000, eval_episodes=2),
+}  # fmt: skip
 
 
 def make_envs(args: Args, goals: np.ndarray, episodes: int) -> MetaVectorEnv:
