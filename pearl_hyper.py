@@ -455,10 +455,10 @@ def rollout(
     slots: np.ndarray,
     rng: np.random.Generator,
     deterministic: bool = False,
-) -> tuple[Tensor, np.ndarray]:
+) -> list[Tensor]:
     """Plays a trajectory in each slot that the mask `slots` (S,) selects, with z (S, z).
 
-    Returns transitions (S, H, row), and a mask (S, H) of those before the trajectory's end.
+    Returns the transitions (steps, row) of each slot, none of those that are not selected.
     """
     generated = policy.generate(z)  # once for the whole trajectory
     obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"reset_mask": slots})
@@ -474,11 +474,11 @@ def rollout(
         rows.append(np.concatenate(row, 1, dtype=np.float32))
         alive.append(~done)
         obs, done = next_obs, done | terminated | truncated
-    transitions = np.stack(rows, 1)  # (T, H, row)
+    transitions, alive = np.stack(rows, 1), np.stack(alive, 1)  # (S, H, row), (S, H)
     for i in np.flatnonzero(~np.isfinite(transitions).all((1, 2))):
         goal = envs.goals[i // envs.episodes_per_goal]
         stop(f"goal {goal:g}: an observation, an action or a reward is not finite", code=1)
-    return torch.from_numpy(transitions), np.stack(alive, 1)
+    return [torch.from_numpy(slot[mask]) for slot, mask in zip(transitions, alive)]
 
 
 def collect(
@@ -509,13 +509,12 @@ def collect(
         if posterior and args.context == "learned":
             (context,) = tasks.encoder_buffer.sample(slot_tasks, args.context_batch_size, rng)
         z = sample_z(agent, tasks.goals[slot_tasks], context, rng, args)
-        transitions, alive = rollout(agent.policy, z, envs, slots, rng)
-        for slot in np.flatnonzero(slots):
-            trajectory = transitions[slot, alive[slot]]
-            tasks.buffer.add(slot_tasks[slot], trajectory)
+        trajectories = rollout(agent.policy, z, envs, slots, rng)
+        for task, trajectory in zip(slot_tasks, trajectories):
+            tasks.buffer.add(task, trajectory)
             if not posterior and args.context == "learned":
-                tasks.encoder_buffer.add(slot_tasks[slot], trajectory[:, :context_width])
-        steps += alive.reshape(len(chosen), -1).sum(1)
+                tasks.encoder_buffer.add(task, trajectory[:, :context_width])
+        steps += np.reshape([*map(len, trajectories)], (len(chosen), -1)).sum(1)
 
 
 def evaluate(agent: Agent, envs: MetaVectorEnv, args: Args) -> dict[str, np.ndarray]:
@@ -530,24 +529,23 @@ def evaluate(agent: Agent, envs: MetaVectorEnv, args: Args) -> dict[str, np.ndar
     slots = np.ones(len(goals), dtype=bool)
     context_width = sum((*envs.single_observation_space.shape, *envs.single_action_space.shape, 1))
 
-    def play(z: Tensor) -> tuple[Tensor, np.ndarray]:
+    def play(z: Tensor) -> list[Tensor]:
         return rollout(agent.policy, z, envs, slots, rng, deterministic=True)
 
-    def mean_returns(transitions: Tensor, alive: np.ndarray) -> np.ndarray:
-        reward = transitions[..., context_width - 1].double().numpy()  # (T * E, H)
-        return (reward * alive).sum(1).reshape(-1, envs.episodes_per_goal).mean(1)
+    def mean_returns(trajectories: list[Tensor]) -> np.ndarray:
+        returns = [x[:, context_width - 1].double().numpy().sum() for x in trajectories]
+        return np.reshape(returns, (-1, envs.episodes_per_goal)).mean(1)
 
     results, z = {}, sample_z(agent, goals, None, rng, args)
     if args.context == "learned":
-        rows1, alive1 = play(z)
-        rows2, alive2 = play(sample_z(agent, goals, None, rng, args))
-        results["pre"] = (mean_returns(rows1, alive1) + mean_returns(rows2, alive2)) / 2
+        first, second = play(z), play(sample_z(agent, goals, None, rng, args))
+        results["pre"] = (mean_returns(first) + mean_returns(second)) / 2
         z = []
-        for i in range(len(goals)):
-            context = torch.cat([rows1[i, alive1[i]], rows2[i, alive2[i]]])[:, :context_width]
+        for i in range(len(goals)):  # one by one, as early ends leave shorter contexts
+            context = torch.cat([first[i], second[i]])[:, :context_width]
             z.append(sample_z(agent, goals[i : i + 1], context[None].to(args.device), rng, args))
         z = torch.cat(z)
-    results["post"] = mean_returns(*play(z))
+    results["post"] = mean_returns(play(z))
     return results
 
 

@@ -96,12 +96,11 @@ def pearl_policy(agent: nn.Module, goal: float, rng: np.random.Generator, run_ar
     goals, context = np.array([goal]), None
     if run_args.context == "learned":
         envs = MetaVectorEnv(run_args.env_id, goals, 1, 1, run_args.horizon)
-        trajectories = []
+        slots, trajectories = np.ones(1, dtype=bool), []
         for _ in range(2):
             z = pearl_hyper.sample_z(agent, goals, None, rng, run_args)
-            slots = np.ones(1, dtype=bool)
-            rows, alive = pearl_hyper.rollout(agent.policy, z, envs, slots, rng, deterministic=True)
-            trajectories.append(rows[alive])
+            played = pearl_hyper.rollout(agent.policy, z, envs, slots, rng, deterministic=True)
+            trajectories += played
         context_width = agent.encoder.net.layers[0].in_features  # obs, action, reward
         context = torch.cat(trajectories)[None, :, :context_width]
     generated = agent.policy.generate(pearl_hyper.sample_z(agent, goals, context, rng, run_args))
