@@ -457,11 +457,9 @@ def make_batch(rollout: Rollout, args: Args) -> Batch:
     advantage -= (weight * advantage).sum((1, 2), keepdims=True)
     variance = (weight * advantage**2).sum((1, 2), keepdims=True)
     advantage = alive * advantage / np.sqrt(variance + 1e-8)
-    samples = (
-        torch.as_tensor(x.reshape(len(x), -1, *x.shape[3:]), dtype=torch.float32).to(args.device)
-        for x in (obs, action, advantage, weight)
-    )
-    return Batch(context, *samples)
+    arrays = (obs, action, advantage, weight)
+    samples = (torch.as_tensor(x, dtype=torch.float32, device=args.device) for x in arrays)
+    return Batch(context, *(x.flatten(1, 2) for x in samples))  # (T, E, H, ...) -> (T, N, ...)
 
 
 @torch.no_grad()
