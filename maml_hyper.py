@@ -482,8 +482,7 @@ def collect_episodes(
             mean = policy.dynamic(generated, torch.from_numpy(all_obs[t]).to(args.device))
             noise = rng.standard_normal(mean.shape, dtype=np.float32)  # (T, E, action)
             action = (mean + log_std.exp() * torch.from_numpy(noise).to(args.device)).cpu().numpy()
-            if not np.isfinite(action).all():
-                goal = envs.goals[np.isfinite(action).all((1, 2)).argmin()]
+            for goal in envs.goals[~np.isfinite(action).all((1, 2))]:
                 hint = f"after {len(inner_steps)} inner steps: lower --inner-lr {args.inner_lr:g}"
                 stop(f"the policy of goal {goal:g} is not finite {hint}", code=1)
             clipped = action.reshape(T * E, -1).clip(low, high)
