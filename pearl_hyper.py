@@ -337,15 +337,6 @@ def v_loss(agent: Agent, batch: Batch, z: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(agent.v(batch.obs, z), y)
 
 
-def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
-    """Takes one step of each optimizer down the gradient of the loss."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-
-
 def update(
     agent: Agent, optimizers: dict, batch: Batch, z_noise: Tensor, noise: Tensor, args: Args
 ) -> dict[str, Tensor]:
@@ -353,14 +344,20 @@ def update(
 
     `z_noise` (T, z) and `noise` (T, N, action) are standard normal.
     """
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()
     z, kl = infer(agent, batch.z_input, z_noise)
     losses = {"kl": kl, "q_loss": q_loss(agent, batch, z, args)}
-    names = ("q", "encoder") if agent.encoder else ("q",)
-    descend(losses["q_loss"] + args.kl_weight * kl, *(optimizers[name] for name in names))
+    (losses["q_loss"] + args.kl_weight * kl).backward()
+    optimizers["q"].step()
+    if agent.encoder:
+        optimizers["encoder"].step()
     losses["policy_loss"], y = policy_loss(agent, batch, z, noise, args)
     losses["v_loss"] = v_loss(agent, batch, z, y)
     # The two have no parameter in common, so that one backward pass of the sum does for both
-    descend(losses["v_loss"] + losses["policy_loss"], optimizers["v"], optimizers["policy"])
+    (losses["v_loss"] + losses["policy_loss"]).backward()
+    optimizers["v"].step()
+    optimizers["policy"].step()
     move_towards = torch.optim.swa_utils.get_ema_multi_avg_fn(decay=1 - args.tau)
     move_towards(agent.target, agent.online, None)  # θ' <- θ' + τ (θ - θ')
     return {name: loss.detach() for name, loss in losses.items()}
