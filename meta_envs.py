@@ -20,9 +20,7 @@ from gymnasium.vector.utils import batch_space
 
 FRAME_SKIP = 5  # simulation steps of one environment step
 HORIZON = 200  # environment steps of an episode (released)
-RESET_NOISE = (
-    0.1  # half width of the uniform noise on qpos, std of the normal one on qvel (released)
-)
+RESET_NOISE = 0.1  # half width of the uniform noise on qpos, std of the normal on qvel (released)
 
 
 @dataclass(frozen=True)
