@@ -183,13 +183,8 @@ class MetaVectorEnv(gym.vector.VectorEnv):
         horizon: int = HORIZON,
     ):
         num_threads = os.cpu_count() if num_threads is None else num_threads
-        for name, value in (
-            ("episodes_per_goal", episodes_per_goal),
-            ("num_threads", num_threads),
-            ("horizon", horizon),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        if min(episodes_per_goal, num_threads, horizon) < 1:
+            raise ValueError("episodes_per_goal, num_threads and horizon must be at least 1")
         self.goals = check_goals(env_id, goals)
         self.episodes_per_goal, self.horizon = episodes_per_goal, horizon
         self.num_envs = len(self.goals) * episodes_per_goal
