@@ -84,12 +84,8 @@ def sample_goals(
     env_id: str, num: int, rng: np.random.Generator, split: str = "train"
 ) -> np.ndarray:
     """Goals (num,) of split "train" or "test": uniform velocities, or -1 and +1 in equal shares."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be train or test, not {split!r}")
-    if num < 1:
-        raise ValueError(f"the number of goals must be at least 1, not {num}")
     family = get_family(env_id)
-    goals = family.train if split == "train" else family.test
+    goals = {"train": family.train, "test": family.test}[split]
     if family.velocity:
         return rng.uniform(*goals, num)
     return rng.permutation(np.resize(goals, num))  # as many of the one as of the other
