@@ -502,7 +502,7 @@ def adapt_and_sample(
 
     Returns all episodes, what the inner steps learned from, and the inner steps.
     """
-    theta = {name: parameter.detach() for name, parameter in policy.named_parameters()}
+    theta = policy.state_dict()  # constants
     rollouts, batches, inner_steps = [collect_episodes(policy, [], envs, rng, args)], [], []
     for _ in range(args.num_adapt_steps):
         batches.append(make_batch(rollouts[-1], args))
