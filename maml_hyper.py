@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -240,13 +240,11 @@ def adapted(policy: Policy, inner_steps: list[InnerStep]) -> Iterator[dict[nn.Li
         seen[layer] = (x, y)
         return y
 
-    layers = [layer for layer in policy.modules() if isinstance(layer, nn.Linear)]
-    hooks = [layer.register_forward_hook(add_steps) for layer in layers]
-    try:
+    with contextlib.ExitStack() as hooks:  # which removes them at the end
+        for layer in policy.modules():
+            if isinstance(layer, nn.Linear):
+                hooks.enter_context(layer.register_forward_hook(add_steps))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Batch(NamedTuple):
@@ -300,17 +298,12 @@ def split_tasks(samples: tuple) -> list[tuple]:
     return [tree_map(lambda x, tasks=tasks: x[tasks], samples) for tasks in slices]
 
 
-def by_name(policy: Policy, theta: Tensor) -> dict[str, Tensor]:
-    """A vector of all parameters as views by name."""
-    pieces = theta.split([parameter.numel() for parameter in policy.parameters()])
-    return {n: piece.view_as(p) for (n, p), piece in zip(policy.named_parameters(), pieces)}
-
-
 def adapted_outputs(
     policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args, second_order: bool = True
 ) -> Gaussian:
-    """The adapted policies π_{θ_i} at the states of `chunk.post`, as a function of θ."""
-    theta = by_name(policy, theta)
+    """The adapted policies π_{θ_i} at the states of `chunk.post`, as a function of the vector θ."""
+    pieces = theta.split([parameter.numel() for parameter in policy.parameters()])
+    theta = {n: piece.view_as(p) for (n, p), piece in zip(policy.named_parameters(), pieces)}
     if args.first_order:
         inner_steps = chunk.inner_steps  # constants, from the sampling
     else:
@@ -336,11 +329,10 @@ def meta_gradient(
     policy: Policy, theta: Tensor, chunk: MetaBatch, args: Args
 ) -> tuple[Tensor, Gaussian]:
     """∇_θ of the chunk's surrogate (see `adapted_outputs`), and its adapted policies at θ."""
-    leaf = theta.detach().requires_grad_()
-    new = adapted_outputs(policy, leaf, chunk, args)
+    new = adapted_outputs(policy, theta, chunk, args)
     old = Gaussian(new.mean.detach(), new.log_std.detach())
     surrogate, _ = surrogate_and_kl(new, old, chunk.post, args)
-    return torch.autograd.grad(surrogate, leaf)[0], old
+    return torch.autograd.grad(surrogate, theta)[0], old
 
 
 def fisher_product(
@@ -352,15 +344,14 @@ def fisher_product(
     its mean and 2 for its log_std. J v is computed in forward mode (one pass, where double backward
     has three), and multiplied by Jᵀ in a backward pass.
     """
-    leaf = theta.detach().requires_grad_()
     with fwAD.dual_level():
-        duals = adapted_outputs(policy, fwAD.make_dual(leaf, vector), chunk, args)
-        outputs, (d_mean, d_log_std) = zip(*map(fwAD.unpack_dual, duals))
-    outputs = Gaussian(*outputs)
-    share, variance = 1 / args.meta_batch_size, (2 * outputs.log_std.detach()).exp()
+        duals = adapted_outputs(policy, fwAD.make_dual(theta, vector), chunk, args)
+        mean, d_mean = fwAD.unpack_dual(duals.mean)
+        log_std, d_log_std = fwAD.unpack_dual(duals.log_std)
+    share, variance = 1 / args.meta_batch_size, (2 * log_std.detach()).exp()
     weight = share * chunk.post.sample_weight.unsqueeze(-1)
     F_J_v = (weight * d_mean.detach() / variance, 2 * share * d_log_std.detach())
-    return torch.autograd.grad(outputs, leaf, F_J_v)[0]
+    return torch.autograd.grad((mean, log_std), theta, F_J_v)[0]
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -381,7 +372,7 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 @torch.no_grad()
 def line_search(
-    policy: Policy, full_step: Tensor, chunks: list[MetaBatch], old: list[Gaussian], args: Args
+    policy: Policy, full_step: Tensor, chunks: list[MetaBatch], old: Sequence[Gaussian], args: Args
 ) -> dict[str, float]:
     """Moves θ by the largest 0.8^k full_step with a better surrogate and a small KL, if any."""
     theta = parameters_to_vector(policy.parameters())
@@ -403,19 +394,14 @@ def line_search(
 
 def update(policy: Policy, meta_batch: MetaBatch, args: Args) -> dict[str, float]:
     """One TRPO step of θ on the surrogate. Returns statistics of the step."""
-    theta, chunks = parameters_to_vector(policy.parameters()).detach(), split_tasks(meta_batch)
+    theta, chunks = parameters_to_vector(policy.parameters()), split_tasks(meta_batch)
 
     def product(vector: Tensor) -> Tensor:
         products = (fisher_product(policy, theta, chunk, vector, args) for chunk in chunks)
         return sum(products) + args.cg_damping * vector
 
-    gradient, old = torch.zeros_like(theta), []
-    for chunk in chunks:
-        chunk_gradient, chunk_old = meta_gradient(policy, theta, chunk, args)
-        gradient += chunk_gradient
-        old.append(chunk_old)
-    if not gradient.isfinite().all():
-        return {"gradient_norm": math.nan}
+    gradients, old = zip(*(meta_gradient(policy, theta, chunk, args) for chunk in chunks))
+    gradient = sum(gradients)
     direction = conjugate_gradient(product, gradient, args.cg_iterations)
     length = (2 * args.max_kl / direction.dot(product(direction))).sqrt()
     result = line_search(policy, length * direction, chunks, old, args)
@@ -468,11 +454,9 @@ def make_batch(rollout: Rollout, args: Args) -> Batch:
     advantage -= (weight * advantage).sum((1, 2), keepdims=True)
     variance = (weight * advantage**2).sum((1, 2), keepdims=True)
     advantage = alive * advantage / np.sqrt(variance + 1e-8)
-    samples = (
-        torch.as_tensor(x.reshape(len(x), -1, *x.shape[3:]), dtype=torch.float32).to(args.device)
-        for x in (obs, action, advantage, weight)
-    )
-    return Batch(context, *samples)
+    arrays = (obs, action, advantage, weight)
+    samples = (torch.as_tensor(x, dtype=torch.float32, device=args.device) for x in arrays)
+    return Batch(context, *(x.flatten(1, 2) for x in samples))  # (T, E, H, ...) -> (T, N, ...)
 
 
 @torch.no_grad()
@@ -482,9 +466,8 @@ def collect_episodes(
     """An episode in each slot of `envs` with the adapted policies."""
     T, E, H = len(envs.goals), envs.episodes_per_goal, args.horizon
     low, high = envs.single_action_space.low, envs.single_action_space.high
-    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, low.shape
-    all_obs = np.zeros((H, T, E, obs_dim), dtype=np.float32)
-    all_actions = np.zeros((H, T, E, action_dim), dtype=np.float32)
+    all_obs = np.zeros((H, T, E, *envs.single_observation_space.shape), dtype=np.float32)
+    all_actions = np.zeros((H, T, E, *low.shape), dtype=np.float32)
     rewards, alive = np.zeros((H, T, E)), np.zeros((H, T, E), dtype=bool)
     context = torch.as_tensor(envs.goals[:, None], dtype=torch.float32, device=args.device)
     obs, _ = envs.reset(seed=int(rng.integers(2**31)))
@@ -494,12 +477,10 @@ def collect_episodes(
         for t in range(H):
             all_obs[t], alive[t] = obs.reshape(T, E, -1), ~done.reshape(T, E)
             mean = policy.dynamic(generated, torch.from_numpy(all_obs[t]).to(args.device))
-            noise = rng.standard_normal((T, E, action_dim), dtype=np.float32)
+            noise = rng.standard_normal(mean.shape, dtype=np.float32)  # (T, E, action)
             action = (mean + log_std.exp() * torch.from_numpy(noise).to(args.device)).cpu().numpy()
-            if not np.isfinite(action).all():
-                goal = envs.goals[np.isfinite(action).all((1, 2)).argmin()]
-                hint = f" after {len(inner_steps)} inner steps: lower --inner-lr {args.inner_lr:g}"
-                hint = hint if inner_steps else ""
+            for goal in envs.goals[~np.isfinite(action).all((1, 2))]:
+                hint = f": lower --inner-lr {args.inner_lr:g}" if inner_steps else ""
                 stop(f"the policy of goal {goal:g} is not finite{hint}", code=1)
             clipped = action.reshape(T * E, -1).clip(low, high)
             obs, reward, terminated, truncated, _ = envs.step(clipped)
@@ -518,7 +499,7 @@ def adapt_and_sample(
 
     Returns all episodes, what the inner steps learned from, and the inner steps.
     """
-    theta = {name: parameter.detach() for name, parameter in policy.named_parameters()}
+    theta = policy.state_dict()  # constants
     rollouts, batches, inner_steps = [collect_episodes(policy, [], envs, rng, args)], [], []
     for _ in range(args.num_adapt_steps):
         batches.append(make_batch(rollouts[-1], args))

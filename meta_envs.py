@@ -20,9 +20,7 @@ from gymnasium.vector.utils import batch_space
 
 FRAME_SKIP = 5  # simulation steps of one environment step
 HORIZON = 200  # environment steps of an episode (released)
-RESET_NOISE = (
-    0.1  # half width of the uniform noise on qpos, std of the normal one on qvel (released)
-)
+RESET_NOISE = 0.1  # half width of the uniform noise on qpos, std of the normal on qvel (released)
 
 
 @dataclass(frozen=True)
@@ -86,12 +84,8 @@ def sample_goals(
     env_id: str, num: int, rng: np.random.Generator, split: str = "train"
 ) -> np.ndarray:
     """Goals (num,) of split "train" or "test": uniform velocities, or -1 and +1 in equal shares."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be train or test, not {split!r}")
-    if num < 1:
-        raise ValueError(f"the number of goals must be at least 1, not {num}")
     family = get_family(env_id)
-    goals = family.train if split == "train" else family.test
+    goals = {"train": family.train, "test": family.test}[split]
     if family.velocity:
         return rng.uniform(*goals, num)
     return rng.permutation(np.resize(goals, num))  # as many of the one as of the other
@@ -185,13 +179,8 @@ class MetaVectorEnv(gym.vector.VectorEnv):
         horizon: int = HORIZON,
     ):
         num_threads = os.cpu_count() if num_threads is None else num_threads
-        for name, value in (
-            ("episodes_per_goal", episodes_per_goal),
-            ("num_threads", num_threads),
-            ("horizon", horizon),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        if min(episodes_per_goal, num_threads, horizon) < 1:
+            raise ValueError("episodes_per_goal, num_threads and horizon must be at least 1")
         self.goals = check_goals(env_id, goals)
         self.episodes_per_goal, self.horizon = episodes_per_goal, horizon
         self.num_envs = len(self.goals) * episodes_per_goal

@@ -127,7 +127,7 @@ class Args:
     def __post_init__(self):
         hyper = self.model == "hyper"
         rates = {"critic_lr": 5e-5 if hyper else 3e-4, "policy_lr": 1e-4 if hyper else 3e-4}
-        defaults = FAMILY_DEFAULTS.get(self.env_id, VELOCITY) | rates
+        defaults = VELOCITY | FAMILY_DEFAULTS.get(self.env_id, {}) | rates  # tables above train
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
@@ -136,18 +136,6 @@ class Args:
         )
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError("--cuda-graph needs --device cuda")
-
-
-VELOCITY = dict(num_train_goals=100, num_test_goals=30, meta_batch_size=16, context_batch_size=100,
-                num_prior_steps=400, num_posterior_steps=600, num_train_steps=2000,
-                eval_episodes=1)  # fmt: skip
-FWD_BACK = dict(num_train_goals=2, num_test_goals=2, meta_batch_size=4, context_batch_size=256)
-FAMILY_DEFAULTS = {  # where they are not VELOCITY (released)
-    "HalfCheetahFwdBack-v0": FWD_BACK | dict(num_prior_steps=1000, num_posterior_steps=1000,
-                                             num_train_steps=2000, eval_episodes=4),
-    "AntFwdBack-v0": FWD_BACK | dict(num_prior_steps=400, num_posterior_steps=600,
-                                     num_train_steps=4000, eval_episodes=2),
-}  # fmt: skip
 
 
 class MLP(nn.Module):
@@ -178,6 +166,14 @@ def autocast(x: Tensor, args: Args) -> torch.autocast:
     return torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
 
 
+def make_net(meta_dim: int, base_dim: int, out_dim: int, args: Args, output: float) -> nn.Module:
+    """Hypernetwork f_{w(meta)}(base), or MLP on both inputs, its last layer in ±output at first."""
+    if args.model == "hyper":
+        widths = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
+        return HyperNetwork(meta_dim, base_dim, out_dim, init=args.hyper_init, **widths)
+    return MLP(meta_dim + base_dim, 300, 300, 300, out_dim, output=output)
+
+
 class Critic(nn.Module):
     """Q(s, a, z) or V(s, z), with base [a, z] or z: obs (T, N, obs), base (T, N, x) -> (T, N).
 
@@ -187,11 +183,7 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, base_dim: int, args: Args):
         super().__init__()
         self.args = args
-        if args.model == "hyper":
-            widths = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
-            self.net = HyperNetwork(obs_dim, base_dim, 1, init=args.hyper_init, **widths)
-        else:
-            self.net = MLP(obs_dim + base_dim, 300, 300, 300, 1)
+        self.net = make_net(obs_dim, base_dim, 1, args, output=3e-3)
 
     def forward(self, obs: Tensor, *base: Tensor) -> Tensor:
         with autocast(obs, self.args):
@@ -208,12 +200,7 @@ class Policy(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, latent_dim: int, args: Args):
         super().__init__()
         self.args = args
-        if args.model == "hyper":
-            hyper = dict(primary_widths=args.primary_widths, dynamic_width=args.dynamic_width)
-            hyper["init"] = args.hyper_init
-            self.net = HyperNetwork(latent_dim, obs_dim, out_dim=2 * action_dim, **hyper)
-        else:
-            self.net = MLP(obs_dim + latent_dim, 300, 300, 300, 2 * action_dim, output=1e-3)
+        self.net = make_net(latent_dim, obs_dim, 2 * action_dim, args, output=1e-3)
 
     def generate(self, z: Tensor):
         """What is the same for all states of a task: dynamic weights, or z itself, (T, z)."""
@@ -347,15 +334,6 @@ def v_loss(agent: Agent, batch: Batch, z: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(agent.v(batch.obs, z), y)
 
 
-def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
-    """Takes one step of each optimizer down the gradient of the loss."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-
-
 def update(
     agent: Agent, optimizers: dict, batch: Batch, z_noise: Tensor, noise: Tensor, args: Args
 ) -> dict[str, Tensor]:
@@ -363,14 +341,20 @@ def update(
 
     `z_noise` (T, z) and `noise` (T, N, action) are standard normal.
     """
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()
     z, kl = infer(agent, batch.z_input, z_noise)
     losses = {"kl": kl, "q_loss": q_loss(agent, batch, z, args)}
-    names = ("q", "encoder") if agent.encoder else ("q",)
-    descend(losses["q_loss"] + args.kl_weight * kl, *(optimizers[name] for name in names))
+    (losses["q_loss"] + args.kl_weight * kl).backward()
+    optimizers["q"].step()
+    if agent.encoder:
+        optimizers["encoder"].step()
     losses["policy_loss"], y = policy_loss(agent, batch, z, noise, args)
     losses["v_loss"] = v_loss(agent, batch, z, y)
     # The two have no parameter in common, so that one backward pass of the sum does for both
-    descend(losses["v_loss"] + losses["policy_loss"], optimizers["v"], optimizers["policy"])
+    (losses["v_loss"] + losses["policy_loss"]).backward()
+    optimizers["v"].step()
+    optimizers["policy"].step()
     move_towards = torch.optim.swa_utils.get_ema_multi_avg_fn(decay=1 - args.tau)
     move_towards(agent.target, agent.online, None)  # θ' <- θ' + τ (θ - θ')
     return {name: loss.detach() for name, loss in losses.items()}
@@ -465,10 +449,10 @@ def rollout(
     slots: np.ndarray,
     rng: np.random.Generator,
     deterministic: bool = False,
-) -> tuple[Tensor, np.ndarray]:
+) -> list[Tensor]:
     """Plays a trajectory in each slot that the mask `slots` (S,) selects, with z (S, z).
 
-    Returns transitions (S, H, row), and a mask (S, H) of those before the trajectory's end.
+    Returns the transitions (steps, row) of each slot, none of those that are not selected.
     """
     generated = policy.generate(z)  # once for the whole trajectory
     obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"reset_mask": slots})
@@ -484,11 +468,11 @@ def rollout(
         rows.append(np.concatenate(row, 1, dtype=np.float32))
         alive.append(~done)
         obs, done = next_obs, done | terminated | truncated
-    transitions = np.stack(rows, 1)  # (T, H, row)
+    transitions, alive = np.stack(rows, 1), np.stack(alive, 1)  # (S, H, row), (S, H)
     for i in np.flatnonzero(~np.isfinite(transitions).all((1, 2))):
         goal = envs.goals[i // envs.episodes_per_goal]
         stop(f"goal {goal:g}: an observation, an action or a reward is not finite", code=1)
-    return torch.from_numpy(transitions), np.stack(alive, 1)
+    return [torch.from_numpy(slot[mask]) for slot, mask in zip(transitions, alive)]
 
 
 def collect(
@@ -501,12 +485,12 @@ def collect(
     args: Args,
     *,
     posterior: bool,
-) -> int:
+) -> None:
     """Adds whole trajectories, at least `num_steps` in each of the tasks with these indices (T,).
 
     Each trajectory has its own z, from the prior, or from the posterior of transitions drawn anew.
     Only those from the prior enter the encoder's buffer: no z depends on another trajectory, and
-    all run side by side. More follow if early ends leave steps missing. Returns the steps made.
+    all run side by side. More follow if early ends leave steps missing.
     """
     envs.set_goals(tasks.goals[chosen])
     slot_tasks = np.repeat(chosen, envs.episodes_per_goal)
@@ -519,14 +503,12 @@ def collect(
         if posterior and args.context == "learned":
             (context,) = tasks.encoder_buffer.sample(slot_tasks, args.context_batch_size, rng)
         z = sample_z(agent, tasks.goals[slot_tasks], context, rng, args)
-        transitions, alive = rollout(agent.policy, z, envs, slots, rng)
-        for slot in np.flatnonzero(slots):
-            trajectory = transitions[slot, alive[slot]]
-            tasks.buffer.add(slot_tasks[slot], trajectory)
+        trajectories = rollout(agent.policy, z, envs, slots, rng)
+        for task, trajectory in zip(slot_tasks, trajectories):
+            tasks.buffer.add(task, trajectory)
             if not posterior and args.context == "learned":
-                tasks.encoder_buffer.add(slot_tasks[slot], trajectory[:, :context_width])
-        steps += alive.reshape(len(chosen), -1).sum(1)
-    return int(steps.sum())
+                tasks.encoder_buffer.add(task, trajectory[:, :context_width])
+        steps += np.reshape([*map(len, trajectories)], (len(chosen), -1)).sum(1)
 
 
 def evaluate(agent: Agent, envs: MetaVectorEnv, args: Args) -> dict[str, np.ndarray]:
@@ -541,25 +523,35 @@ def evaluate(agent: Agent, envs: MetaVectorEnv, args: Args) -> dict[str, np.ndar
     slots = np.ones(len(goals), dtype=bool)
     context_width = sum((*envs.single_observation_space.shape, *envs.single_action_space.shape, 1))
 
-    def play(z: Tensor) -> tuple[Tensor, np.ndarray]:
+    def play(z: Tensor) -> list[Tensor]:
         return rollout(agent.policy, z, envs, slots, rng, deterministic=True)
 
-    def mean_returns(transitions: Tensor, alive: np.ndarray) -> np.ndarray:
-        reward = transitions[..., context_width - 1].double().numpy()  # (T * E, H)
-        return (reward * alive).sum(1).reshape(-1, envs.episodes_per_goal).mean(1)
+    def mean_returns(trajectories: list[Tensor]) -> np.ndarray:
+        returns = [x[:, context_width - 1].double().numpy().sum() for x in trajectories]
+        return np.reshape(returns, (-1, envs.episodes_per_goal)).mean(1)
 
     results, z = {}, sample_z(agent, goals, None, rng, args)
     if args.context == "learned":
-        rows1, alive1 = play(z)
-        rows2, alive2 = play(sample_z(agent, goals, None, rng, args))
-        results["pre"] = (mean_returns(rows1, alive1) + mean_returns(rows2, alive2)) / 2
+        first, second = play(z), play(sample_z(agent, goals, None, rng, args))
+        results["pre"] = (mean_returns(first) + mean_returns(second)) / 2
         z = []
-        for i in range(len(goals)):
-            context = torch.cat([rows1[i, alive1[i]], rows2[i, alive2[i]]])[:, :context_width]
+        for i in range(len(goals)):  # one by one, as early ends leave shorter contexts
+            context = torch.cat([first[i], second[i]])[:, :context_width]
             z.append(sample_z(agent, goals[i : i + 1], context[None].to(args.device), rng, args))
         z = torch.cat(z)
-    results["post"] = mean_returns(*play(z))
+    results["post"] = mean_returns(play(z))
     return results
+
+
+VELOCITY = dict(num_train_goals=100, num_test_goals=30, meta_batch_size=16, context_batch_size=100,
+                num_prior_steps=400, num_posterior_steps=600, num_train_steps=2000,
+                eval_episodes=1)  # fmt: skip
+FWD_BACK = dict(num_train_goals=2, num_test_goals=2, meta_batch_size=4, context_batch_size=256)
+FAMILY_DEFAULTS = {  # where they differ from VELOCITY (released)
+    "HalfCheetahFwdBack-v0": FWD_BACK | dict(num_prior_steps=1000, num_posterior_steps=1000,
+                                             eval_episodes=4),
+    "AntFwdBack-v0": FWD_BACK | dict(num_train_steps=4000, eval_episodes=2),
+}  # fmt: skip
 
 
 def make_envs(args: Args, goals: np.ndarray, episodes: int) -> MetaVectorEnv:
@@ -605,17 +597,17 @@ def train(args: Args) -> None:
             break
 
         # Collect: at first in all tasks; then in some, with z ~ p(z), and with z ~ q(z|c)
-        steps = 0
         if iteration == 0:
             chosen, num_steps = np.arange(args.num_train_goals), args.num_initial_steps
             all_envs = make_envs(args, train_goals, math.ceil(num_steps / args.horizon))
-            steps += collect(agent, all_envs, tasks, chosen, num_steps, rng, args, posterior=False)
+            collect(agent, all_envs, tasks, chosen, num_steps, rng, args, posterior=False)
             all_envs.close()
         chosen = rng.integers(args.num_train_goals, size=args.num_collect_goals)
         for task in chosen:
             tasks.encoder_buffer.clear(task)
         for num_steps, posterior in (args.num_prior_steps, False), (args.num_posterior_steps, True):
-            steps += collect(agent, envs, tasks, chosen, num_steps, rng, args, posterior=posterior)
+            collect(agent, envs, tasks, chosen, num_steps, rng, args, posterior=posterior)
+        run.env_steps = sum(tasks.buffer.added)
 
         # Learn: Q and the encoder, V and the policy
         total = 0
@@ -629,9 +621,8 @@ def train(args: Args) -> None:
         weights = torch.stack([p.sum() for p in agent.parameters()]).tolist()
         run.check_finite(iteration, **losses, weight=weights)
         run.log(iteration, "losses", losses)
-        run.log(iteration, "charts", {"env_steps": run.env_steps + steps})
+        run.log(iteration, "charts", {"env_steps": run.env_steps})
         iteration += 1
-        run.env_steps += steps
         run.bar.update()
 
     run.finish(means | {"env_steps": run.env_steps})

@@ -79,9 +79,9 @@ class Args:
     """critic updates for each update of the actor and the targets (released)"""
 
     env_id: str = "Hopper-v4"
-    """Gymnasium id; flat Boxes, bounded actions (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
+    """Gymnasium environment with bounded actions (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
     env_kwargs: dict[str, str] = field(default_factory=dict)
-    """its arguments, as in Python; the paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
+    """the environment's own arguments; the paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
     seed: int = 1
     """seed of all random numbers (paper: 5 seeds)"""
     total_timesteps: int = 1_000_000

@@ -78,7 +78,7 @@ def update_once(policy, envs, test_envs, rng: np.random.Generator, args) -> dict
     rollouts, pre, inner_steps = maml_hyper.adapt_and_sample(policy, envs, rng, args)
     meta_batch = maml_hyper.MetaBatch(pre, inner_steps, maml_hyper.make_batch(rollouts[-1], args))
     result = maml_hyper.update(policy, meta_batch, args)
-    if "kl" not in result:
+    if not np.isfinite(result["gradient_norm"]):
         maml_hyper.stop("the gradient of an update is not finite", code=1)
     returns = maml_hyper.evaluate(policy, test_envs, args)
     pre, post = returns["pre"].mean(), returns.get("post", returns["pre"]).mean()

@@ -84,9 +84,9 @@ def pearl_policy(agent: pearl_hyper.Agent, goal: float, rng, run_args) -> Callab
         envs = MetaVectorEnv(run_args.env_id, goals, 2, 1, run_args.horizon)
         z = pearl_hyper.sample_z(agent, np.repeat(goals, 2), None, rng, run_args)
         slots = np.ones(2, dtype=bool)
-        rows, alive = pearl_hyper.rollout(agent.policy, z, envs, slots, rng, deterministic=True)
+        played = pearl_hyper.rollout(agent.policy, z, envs, slots, rng, deterministic=True)
         context_width = agent.encoder.net.layers[0].in_features  # obs, action, reward
-        context = rows[alive][None, :, :context_width]
+        context = torch.cat(played)[None, :, :context_width]
     generated = agent.policy.generate(pearl_hyper.sample_z(agent, goals, context, rng, run_args))
     return lambda obs: agent.policy.dynamic(generated, obs[None, None])[0][0, 0].tanh()
 

@@ -51,9 +51,9 @@ def make_task(model: str, **changes) -> tuple[Args, Policy, torch.Tensor, MetaBa
     """Arguments, policy, its θ, data of T tasks as if sampled by π_{θ_i}, and the π_{θ_i}."""
     args = make_args(model, **changes)
     policy = make_policy(args)
-    theta = parameters_to_vector(policy.parameters()).detach()
+    theta = parameters_to_vector(policy.parameters())
     *pre, post = make_batches(args.num_adapt_steps + 1)
-    inner_steps, parameters = [], maml_hyper.by_name(policy, theta)
+    inner_steps, parameters = [], policy.state_dict()
     for batch in pre:
         inputs = (policy, parameters, inner_steps, batch, args.inner_lr)
         step = maml_hyper.inner_step(*inputs, second_order=False)
@@ -160,7 +160,7 @@ def test_bfloat16_policies_have_the_gradients_and_the_surrogate_of_float32(model
     task, results = MetaBatch(pre, [], post), []
     for args.precision in ("float32", "bfloat16"):
         policy = make_policy(args, noise=0.02).float()
-        theta = parameters_to_vector(policy.parameters()).detach()
+        theta = parameters_to_vector(policy.parameters())
         direction = torch.ones_like(theta)
         gradient, old = maml_hyper.meta_gradient(policy, theta, task, args)
         product = maml_hyper.fisher_product(policy, theta, task, direction, args)

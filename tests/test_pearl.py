@@ -53,7 +53,7 @@ def make_collecting(**options):
     tasks, rng = pearl.Tasks(GOALS, *buffers), np.random.default_rng(0)
 
     def run(envs, chosen, num_steps, posterior):
-        return pearl.collect(agent, envs, tasks, chosen, num_steps, rng, args, posterior=posterior)
+        pearl.collect(agent, envs, tasks, chosen, num_steps, rng, args, posterior=posterior)
 
     return args, tasks, run
 
@@ -118,8 +118,9 @@ def test_buffer_samples_the_tasks_asked_for_and_keeps_the_last_transitions():
 def test_trajectories_that_end_early_are_whole_and_others_follow_them():
     _, tasks, run = make_collecting()
     envs = PointMass("", GOALS, 2, edge=0.5)
-    steps = run(envs, np.arange(3), 40, posterior=False)
-    assert steps == sum(tasks.buffer.added) and len(envs.rollouts) > 1
+    run(envs, np.arange(3), 40, posterior=False)
+    steps = sum(rollout.lengths[rollout.mask].sum() for rollout in envs.rollouts)
+    assert sum(tasks.buffer.added) == steps and len(envs.rollouts) > 1
     for task in range(3):
         assert 40 <= tasks.buffer.added[task] < 60
         obs, _, _, next_obs, terminated = tasks.buffer.data[task][: tasks.buffer.added[task]].T
