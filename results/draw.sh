@@ -10,7 +10,7 @@ plot() { # plot NAME TITLE RUNS... [OPTIONS]
 }
 
 plot td3_halfcheetah_learning_rate_bfloat16 "TD3 on HalfCheetah, 10,000 random steps: mlp with a learning rate of 1e-3 catches up with sa-hyper after 7,500 updates" $runs/td3_halfcheetah_learning_rate_bfloat16/{released,1e-3,5e-5}
-plot td3_halfcheetah_learning_rate "TD3 on HalfCheetah, 10,000 random steps: the larger the learning rate, up to 3e-3, the sooner mlp learns" $runs/td3_halfcheetah_learning_rate/{3e-4,1e-3,2e-3,3e-3}/HalfCheetah-v4/mlp $runs/td3_halfcheetah_learning_rate/{3e-4,1e-3}/HalfCheetah-v4/d2rl
+plot td3_halfcheetah_learning_rate "TD3 on HalfCheetah, 10,000 random steps: mlp learns sooner with each larger rate up to 3e-3" $runs/td3_halfcheetah_learning_rate/{3e-4,1e-3,2e-3,3e-3}/HalfCheetah-v4/mlp $runs/td3_halfcheetah_learning_rate/{3e-4,1e-3}/HalfCheetah-v4/d2rl --dots
 python results/learning_rates.py "$out/td3_halfcheetah_learning_rate"
 plot td3_halfcheetah_critics "TD3 on HalfCheetah, 1,000 random steps: sa-hyper is ahead of mlp; d2rl, as-hyper and mlp-large cannot be told from it" $runs/td3_halfcheetah_critics --dots --ignore precision
 plot td3_hopper_critics "TD3 on Hopper: the two critics cannot be told apart in the first 10% of the steps" $runs/td3_hopper_critics
