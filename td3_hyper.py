@@ -362,8 +362,9 @@ def make_env(args: Args, **kwargs) -> gym.Env:
         flat = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in (obs, action))
         if not flat or not action.is_bounded() or action.dtype.kind != "f":
             raise ValueError(f"needs flat Boxes and bounded float actions, not {obs}, {action}")
-        width = np.subtract(action.high, action.low, dtype=np.longdouble)
-        if not ((1e-30 < width) & (width < 1e30)).all():
+        with np.errstate(all="ignore"):
+            scale = 2 / (action.high - action.low)  # inf or 0 where that is 0 or overflows
+        if not ((0 < scale) & (scale < np.inf)).all():
             raise ValueError(f"needs actions with bounds that are neither equal nor huge: {action}")
         env = gym.wrappers.TransformReward(env, to_float)
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="totals")
