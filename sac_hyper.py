@@ -550,6 +550,7 @@ class Run:
                 part.load_state_dict(checkpoint[name])
             rng.bit_generator.state = checkpoint["rng"]
             self.eval_csv, self.env_steps = checkpoint["eval_csv"], checkpoint["env_steps"]
+            os.replace(checkpoint["file"], self.dir / "checkpoint.pt")
         self.next_checkpoint = step
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
@@ -583,7 +584,7 @@ class Run:
             try:
                 if ZipFile(file).testzip():
                     raise ValueError("wrong checksum")
-                return torch.load(file, map_location="cpu", weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=True) | {"file": file}
             except Exception as error:  # many kinds, depending on where the damage is
                 print(f"warning: {file} is damaged ({error})", file=sys.stderr)
         if any(file.exists() for file in (*files, self.dir / "summary.json")):
