@@ -529,7 +529,7 @@ class Run:
 
     def resume(self, rng: np.random.Generator, **parts) -> int:
         """Loads the last checkpoint. Returns its step, 0 in a new run; exits in a complete one."""
-        self.rng, self.parts, self.env_steps = rng, parts, 0
+        self.rng, self.parts, self.env_steps, self.next_checkpoint = rng, parts, 0, 0
         self.config = json.loads(json.dumps(asdict(self.args)))
         summary, step = self.dir / "summary.json", 0
         if checkpoint := self.load_checkpoint():
@@ -551,7 +551,7 @@ class Run:
             rng.bit_generator.state = checkpoint["rng"]
             self.eval_csv, self.env_steps = checkpoint["eval_csv"], checkpoint["env_steps"]
             os.replace(checkpoint["file"], self.dir / "checkpoint.pt")
-        self.next_checkpoint = step
+            self.next_checkpoint = step + self.args.checkpoint_every
         summary.unlink(missing_ok=True)
         write(self.dir / "eval.csv", self.eval_csv)
         versions = {n: sys.modules[n].__version__ for n in ("torch", "numpy", "gymnasium")}
