@@ -42,7 +42,7 @@ def main(out: Path) -> None:
     table.to_csv(out / "learning_rates.csv", index=False, float_format="%.6g")
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     draw_rates(axis, table)
-    title = "TD3 on HalfCheetah: mlp needs a larger learning rate than the released 3e-4; a dot is a run"
+    title = "TD3 on HalfCheetah: mlp needs a larger rate than the released 3e-4; a dot is a run"
     axis.set_title(title, loc="left")
     figure.savefig(out / "learning_rates.png", dpi=100)
 
