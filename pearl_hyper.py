@@ -12,6 +12,7 @@ In the help, (paper) marks a value from the paper and (released) one from the au
 import contextlib
 import copy
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -658,6 +659,8 @@ def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
         torch.zeros(1, device=args.device).item()  # fails on meta, which holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {error}") from None
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise ValueError("--track needs Weights & Biases: pip install wandb")
 
 
 def write(file: Path, content: str | dict, previous: Path | None = None) -> None:
@@ -742,14 +745,14 @@ class Run:
         write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
         print(f"{self.dir}: {self.unit} {step} of {self.total}")
         if self.args.track:
+            import wandb
+
             if not (id_file := self.dir / "wandb_id").exists():
                 write(id_file, os.urandom(8).hex())
             options = dict(id=id_file.read_text(), resume="allow", sync_tensorboard=True)
             try:
-                import wandb
-
                 wandb.init(project="hypernets", name=str(self.dir), config=self.config, **options)
-            except Exception as error:  # it is not installed, or nobody is logged in
+            except wandb.Error as error:
                 stop(f"--track: {error}")
         for i, file in enumerate(sorted(self.dir.glob("events.*"))):  # the new one must sort last
             file.rename(file.with_name(re.sub(r"\d+", f"{i:010}", file.name, count=1)))
