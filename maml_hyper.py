@@ -620,7 +620,7 @@ def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
 
 
 def write(file: Path, content: str | dict, previous: Path | None = None) -> None:
-    """Replaces a file whole or not at all (crash, full disk); the old one becomes `previous`."""
+    """Replaces a file, whole even at a crash or on a full disk; the old one becomes `previous`."""
     tmp = file.with_name(file.name + ".tmp")
     try:
         with open(tmp, "wb") as stream:

@@ -376,9 +376,8 @@ class ReplayBuffer:
             size = min(2 * (added + len(rows)), self.capacity)
             self.data[task] = data.new_empty(size, data.shape[1])
             self.data[task][: len(data)] = data
-        rows = rows[-self.capacity :]
-        index = torch.arange(added, added + len(rows), device=data.device) % self.capacity
-        self.data[task][index] = rows.to(data.device)
+        index = torch.arange(added, added + len(rows), device=data.device)[-self.capacity :]
+        self.data[task][index % self.capacity] = rows[-self.capacity :].to(data.device)
         self.added[task] += len(rows)
 
     def clear(self, task: int) -> None:
@@ -664,7 +663,7 @@ def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
 
 
 def write(file: Path, content: str | dict, previous: Path | None = None) -> None:
-    """Replaces a file whole or not at all (crash, full disk); the old one becomes `previous`."""
+    """Replaces a file, whole even at a crash or on a full disk; the old one becomes `previous`."""
     tmp = file.with_name(file.name + ".tmp")
     try:
         with open(tmp, "wb") as stream:

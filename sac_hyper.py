@@ -82,7 +82,7 @@ class Args:
     env_id: str = "Hopper-v4"
     """Gymnasium environment with bounded actions (paper: Hopper, Walker2d, Ant, HalfCheetah)"""
     env_kwargs: dict[str, str] = field(default_factory=dict)
-    """the environment's own arguments; the paper's Ant: --env-kwargs ctrl_cost_weight 0.005"""
+    """the environment's own arguments, as in Python (the paper's Ant: ctrl_cost_weight 0.005)"""
     seed: int = 1
     """seed of all random numbers (paper: 5 seeds)"""
     total_timesteps: int = 1_000_000
@@ -116,8 +116,8 @@ class Args:
             self.learning_starts = 10_000 if slow else 1_000
         self.env_kwargs = {name: read_value(value) for name, value in self.env_kwargs.items()}
         check_args(self, from_0=("seed", "save_every", "learning_starts"), to_1=("gamma", "tau"))
-        if self.learning_starts >= self.total_timesteps:
-            raise ValueError("--learning-starts must be below --total-timesteps")
+        if (starts := self.learning_starts) >= self.total_timesteps:
+            raise ValueError(f"--learning-starts {starts} must be below --total-timesteps")
         if self.cuda_graph and not self.device.startswith("cuda"):
             raise ValueError("--cuda-graph needs --device cuda")
 
@@ -483,7 +483,7 @@ def check_args(args, *, from_0: tuple[str, ...], to_1: tuple[str, ...]) -> None:
 
 
 def write(file: Path, content: str | dict, previous: Path | None = None) -> None:
-    """Replaces a file whole or not at all (crash, full disk); the old one becomes `previous`."""
+    """Replaces a file, whole even at a crash or on a full disk; the old one becomes `previous`."""
     tmp = file.with_name(file.name + ".tmp")
     try:
         with open(tmp, "wb") as stream:

@@ -7,7 +7,7 @@ label is its model and the arguments that differ between runs of one model. Writ
 - learning_curves.png: the return (meta-RL: on test goals), a thin line for each run, a thick one
   for the mean of a label and, from five runs on, its 95% interval (t-distribution);
 - train_test_{env_id}.png: meta-RL's training and test goals side by side (Fig. 7);
-- dots.png, in place of these with --dots: the mean of the curve, a dot a run, a bar their mean;
+- dots.png, in place of these with --dots: a dot for the curve of each run, a bar for their mean;
 - final_scores.csv: the scores of each label; comparisons.csv: every two labels compared.
 
 The numbers, over the evaluations that all runs in question have, of which `last` is the last:
@@ -54,8 +54,8 @@ LINES = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4))]
 
 # Arguments that a label never names, since they are in it already or change nothing
 UNNAMED = set("model critic env_id seed exp_name runs_dir device cuda_graph track".split())
-UNNAMED |= set("checkpoint_every save_every eval_every eval_episodes".split())
-UNNAMED |= set("total_timesteps num_iterations".split())
+UNNAMED |= {"total_timesteps", "num_iterations", "checkpoint_every", "save_every"}
+UNNAMED |= {"eval_every", "eval_episodes"}
 ALGORITHMS = {"policy_frequency": "TD3", "autotune": "SAC", "max_kl": "MAML", "latent_dim": "PEARL"}
 WORDS = {"algorithm": "{}", "precision": "{}", "hyper_init": "init {}"}
 WORDS |= {"learning_starts": "{} random steps"}
@@ -150,6 +150,7 @@ def label(runs: list[tuple[str, str, dict]], ignore: tuple[str, ...] = ()) -> li
         left_out = UNNAMED | {name.replace("-", "_") for name in ignore}
         if "hyper" not in model and model != "resnet-features":  # where these have no effect
             left_out |= {"hyper_init", "primary_widths", "dynamic_width"}
+        left_out |= {"inner_lr", "first_order"} if args.get("num_adapt_steps") == 0 else set()
         algorithm = next((name for flag, name in ALGORITHMS.items() if flag in args), None)
         named = {"algorithm": algorithm} | {n: v for n, v in args.items() if n not in left_out}
         words.append({n: in_words(n, v) for n, v in named.items() if v is not None})

@@ -47,8 +47,7 @@ def print_head(rounds: int, device: str, title: str, *columns: str) -> None:
         td3_hyper.stop(f"--rounds {rounds}: must be at least 1")
     make_args(td3_hyper, device=device)  # exits if there is no such device
     tune(device, "float32")
-    threads, version = torch.get_num_threads(), torch.__version__
-    print(f"\n{title}; {device}, {threads} threads, PyTorch {version}\n")
+    print(f"\n{title}; {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}\n")
     print_row(*columns)
     print_row(*["---"] * len(columns))
 
