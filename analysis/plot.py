@@ -50,7 +50,7 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 COLOURS = {"sa-hyper": "#d55e00", "hyper": "#d55e00", "as-hyper": "#009e73", "context": "#0072b2"}
 COLOURS |= {"d2rl": "#8c8c8c", "resnet35": "#cc79a7", "resnet-features": "#7b4b2a"}
 COLOURS |= {"mlp-large": "#0072b2", "mlp-small": "#56b4e9", "mlp": "#000000", "vanilla": "#000000"}
-LINES = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4))]
+LINES = ["-", "--", ":", "-.", (0, (1, 4)), (0, (8, 4))]
 
 # Arguments that a label never names, since they are in it already or change nothing
 UNNAMED = set("model critic env_id seed exp_name runs_dir device cuda_graph track".split())
