@@ -20,6 +20,7 @@ plot td3_million_steps "TD3 with mlp: 10,000 random steps keep it on its feet on
 plot maml_models "MAML trained with an inner step, a tenth of the batch: it helps context (rate 0.1) and changes nothing for hyper (rate 5e-5)" $runs/maml_models
 plot maml_full_batch "MAML at the paper's batch, no inner step: hyper is better backward, context forward" $runs/maml_full_batch
 plot pearl_models "PEARL, reduced size, two runs of each; on HalfCheetahVelMedium the test goals lie outside training" $runs/pearl_models/float32
+plot pearl_generalisation "PEARL, reduced size, four runs of each: hyper learns sooner on goals outside training, after adaptation; on those of training they are level" $runs/pearl_generalisation
 plot td3_halfcheetah_initialisation "sa-hyper with three initialisations: released and bias cannot be told apart" $runs/td3_halfcheetah_initialisation/{bias,paper} $runs/td3_halfcheetah_critics/eight_critics/HalfCheetah-v4/sa-hyper
 plot maml_initialisation "hyper with three initialisations: the released one learns soonest" $runs/maml_initialisation
 plot bfloat16 "sa-hyper in float32 (here TF32) and in bfloat16: whether it loses something cannot be told" $runs/td3_halfcheetah_critics/{eight_critics/HalfCheetah-v4/sa-hyper,bfloat16}
