@@ -18,10 +18,10 @@ plot td3_hopper_critics "TD3 on Hopper: the two critics cannot be told apart in 
 plot sac_halfcheetah_random_steps "SAC on HalfCheetah: with 1,000 random steps mlp has not begun to learn; sa-hyper was not run with 10,000" $runs/sac_halfcheetah_random_steps
 plot td3_million_steps "TD3 with mlp: 10,000 random steps keep it on its feet on HalfCheetah" $runs/td3_million_steps
 plot maml_models "MAML trained with an inner step, a tenth of the batch: it helps context (rate 0.1) and changes nothing for hyper (rate 5e-5)" $runs/maml_models
-plot maml_inner_lr "MAML, a tenth of the batch: no inner step does as well for hyper as one at any of four rates" $runs/maml_models/HalfCheetahFwdBack-v0/hyper $runs/maml_inner_lr $runs/maml_gradient_noise/HalfCheetahFwdBack-v0/hyper
+plot maml_inner_lr "MAML, a tenth of the batch: hyper learns without an inner step, and none of four rates is shown to add to it" $runs/maml_models/HalfCheetahFwdBack-v0/hyper $runs/maml_inner_lr $runs/maml_gradient_noise/HalfCheetahFwdBack-v0/hyper
 plot maml_full_batch "MAML at the paper's batch, no inner step: hyper is better backward, context forward" $runs/maml_full_batch
 plot pearl_models "PEARL, reduced size, two runs of each; on HalfCheetahVelMedium the test goals lie outside training" $runs/pearl_models/float32
-plot pearl_generalisation "PEARL, reduced size, four runs of each: hyper learns sooner on goals outside training, after adaptation; on those of training they are level" $runs/pearl_generalisation
+plot pearl_generalisation "PEARL, reduced size, four runs of each: hyper is ahead in the curve on goals outside training, not shown on those of training" $runs/pearl_generalisation
 plot td3_halfcheetah_initialisation "sa-hyper with three initialisations: released and bias cannot be told apart" $runs/td3_halfcheetah_initialisation/{bias,paper} $runs/td3_halfcheetah_critics/eight_critics/HalfCheetah-v4/sa-hyper
 plot maml_initialisation "hyper with three initialisations: the released one learns soonest" $runs/maml_initialisation
 plot bfloat16 "sa-hyper in float32 (here TF32) and in bfloat16: whether it loses something cannot be told" $runs/td3_halfcheetah_critics/{eight_critics/HalfCheetah-v4/sa-hyper,bfloat16}

@@ -81,7 +81,7 @@ def main(out: Path) -> None:
     pearl.legend(loc="upper left", fontsize=7)
     pearl.set(ylim=(-590, -170), xlabel="iterations (300 updates each)")
     pearl.set_ylabel("return on goals outside training")
-    pearl.set_title("6  PEARL, reduced size: learns sooner,\nnot shown that it ends higher")
+    pearl.set_title("6  PEARL, reduced size: likely ahead\nafter adaptation, not before it")
 
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "overview.png", dpi=100)
