@@ -21,10 +21,11 @@ plot maml_models "MAML trained with an inner step, a tenth of the batch: it help
 plot maml_inner_lr "MAML, a tenth of the batch: hyper learns without an inner step, and none of four rates is shown to add to it" $runs/maml_models/HalfCheetahFwdBack-v0/hyper $runs/maml_inner_lr $runs/maml_gradient_noise/HalfCheetahFwdBack-v0/hyper
 plot maml_full_batch "MAML at the paper's batch, no inner step: hyper is better backward, context forward" $runs/maml_full_batch
 plot pearl_models "PEARL, reduced size, two runs of each; on HalfCheetahVelMedium the test goals lie outside training" $runs/pearl_models/float32
-plot pearl_generalisation "PEARL, reduced size, four runs of each: hyper is ahead in the curve on goals outside training, not shown on those of training" $runs/pearl_generalisation
+plot pearl_generalisation "PEARL, reduced size, four runs of each: after adaptation hyper is likely ahead on goals outside training, not shown on those of training" $runs/pearl_generalisation
 plot td3_halfcheetah_initialisation "sa-hyper with three initialisations: released and bias cannot be told apart" $runs/td3_halfcheetah_initialisation/{bias,paper} $runs/td3_halfcheetah_critics/eight_critics/HalfCheetah-v4/sa-hyper
 plot maml_initialisation "hyper with three initialisations: the released one learns soonest" $runs/maml_initialisation
 plot bfloat16 "sa-hyper in float32 (here TF32) and in bfloat16: whether it loses something cannot be told" $runs/td3_halfcheetah_critics/{eight_critics/HalfCheetah-v4/sa-hyper,bfloat16}
 python analysis/gradient_accuracy.py $runs/td3_hopper_fixed_policy/paper_primary/hold3/gradient_accuracy.csv $runs/td3_hopper_critics/gradient_accuracy.csv --out "$out/td3_hopper_gradients" --title "Action gradients on Hopper: both critics learn them under a fixed policy, neither is much above chance with a learning actor"
-python analysis/gradient_noise.py $runs/maml_models/gradient_noise.csv --out "$out/maml_gradient_noise" --title "Spread of 50 independent updates: hyper spreads more than context before the inner step, less after it"
+python analysis/gradient_noise.py $runs/maml_gradient_noise/gradient_noise.csv --out "$out/maml_gradient_noise" --title "Spread of 50 independent updates, trained without an inner step: hyper spreads more than context"
+python analysis/gradient_noise.py $runs/maml_models/gradient_noise.csv --out "$out/maml_models" --title "Spread of 50 independent updates: hyper spreads more than context before the inner step, less after it"
 python results/overview.py "$out"
