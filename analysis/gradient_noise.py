@@ -86,10 +86,11 @@ def update_once(policy, envs, test_envs, rng: np.random.Generator, args) -> dict
 
 
 def spreads(table: pd.DataFrame) -> pd.DataFrame:
-    """The standard deviation of each policy's returns, before and after adaptation."""
+    """The standard deviation of each policy's returns, before adaptation and, if any, after it."""
+    phases = [BEFORE, AFTER] if any(table.pre_return != table.post_return) else [BEFORE]
     names = ["env_id", "exp_name", "model", "seed", "iteration"]
     table = table.rename(columns={"pre_return": BEFORE, "post_return": AFTER})
-    table = table.melt(names, [BEFORE, AFTER], "phase", "return").groupby([*names, "phase"])
+    table = table.melt(names, phases, "phase", "return").groupby([*names, "phase"])
     table = table["return"].agg(updates="size", mean="mean", spread="std").reset_index()
     table["phase"] = pd.Categorical(table.phase, [BEFORE, AFTER])
     for name, share in (("low", 0.975), ("high", 0.025)):
@@ -113,8 +114,7 @@ def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
     tune("cpu", "float32")
     maml_hyper.keep_freed_memory()
     todo = []
-    for run in sorted(runs):
-        _, run_args, run_dir = runs[run]
+    for run, (_, run_args, run_dir) in sorted(runs.items()):
         saved = saved_steps(run_dir)
         places = np.linspace(0, len(saved) - 1, min(args.num_checkpoints, len(saved)))
         chosen = [saved[place] for place in places.round().astype(int)]

@@ -71,19 +71,19 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_experiments_table(run_m
 
 
 def test_the_spread_has_the_interval_of_a_normal_variance(run_main):
-    key = dict(zip(gn.KEY, ("HalfCheetahFwdBack-v0", "hyper", 1, 9)))
     updates = np.arange(50)
-    rows = pd.DataFrame({"update": updates, "pre_return": 3 * updates, "post_return": updates})
-    rows.assign(**key, kl=0.01, exp_name="e").to_csv("old.csv", index=False)
-    assert run_main(SCRIPT, "old.csv", "--out", "out").code == 0
+    key = dict(zip(gn.KEY, ("HalfCheetahFwdBack-v0", "hyper", 1, 9, updates)))
+    rows = key | {"post_return": updates, "kl": 0.01, "exp_name": "e"}
+    for factor, phases in ((1, 1), (3, 2)):  # first as without an inner step
+        pd.DataFrame(rows | {"pre_return": factor * updates}).to_csv("old.csv", index=False)
+        assert run_main(SCRIPT, "old.csv", "--out", "out").code == 0
+        assert len(pd.read_csv(SPREAD)) == phases
     assert sorted(files(Path("out"))) == [Path("out/gradient_noise.png"), SPREAD]
     table = pd.read_csv(SPREAD).set_index("phase")
     before = table.loc["before adaptation"]
     assert before.updates == 50 and list(table["mean"]) == [73.5, 24.5]
-    spread = 3 * np.std(updates, ddof=1)
-    limits = [spread * (49 / chi2.ppf(share, 49)) ** 0.5 for share in (0.975, 0.025)]
-    expected = pytest.approx([spread, *limits], rel=1e-5)
-    assert [before.spread, before.low, before.high] == expected
+    expected = 3 * np.std(updates, ddof=1) * np.sqrt([1, *(49 / chi2.ppf([0.975, 0.025], 49))])
+    assert [before.spread, before.low, before.high] == pytest.approx(expected, rel=1e-5)
 
 
 def test_bad_use_ends_with_a_message(run_main):
