@@ -114,12 +114,12 @@ def measure_runs(args: Args, folders: list[Path]) -> pd.DataFrame:
     tune("cpu", "float32")
     maml_hyper.keep_freed_memory()
     todo = []
-    for run, (_, run_args, run_dir) in sorted(runs.items()):
+    for run, (*_, run_dir) in sorted(runs.items()):
         saved = saved_steps(run_dir)
         places = np.linspace(0, len(saved) - 1, min(args.num_checkpoints, len(saved)))
         chosen = [saved[place] for place in places.round().astype(int)]
         todo += [(*run, i, n) for i in chosen for n in range(args.num_updates)]
-    file, settings = args.out / "gradient_noise.csv", {"exp_name": run_args.exp_name}
+    file, settings = args.out / "gradient_noise.csv", {"exp_name": runs[run][1].exp_name}
     return measure_missing(file, COLUMNS, KEY, settings, todo, measure)
 
 
