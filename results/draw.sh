@@ -19,7 +19,7 @@ plot sac_halfcheetah_random_steps "SAC on HalfCheetah: with 1,000 random steps m
 plot td3_million_steps "TD3 with mlp: 10,000 random steps keep it on its feet on HalfCheetah" $runs/td3_million_steps
 plot maml_models "MAML trained with an inner step, a tenth of the batch: it helps context (rate 0.1) and changes nothing for hyper (rate 5e-5)" $runs/maml_models
 plot maml_inner_lr "MAML, a tenth of the batch: hyper learns without an inner step, and none of four rates is shown to add to it" $runs/maml_models/HalfCheetahFwdBack-v0/hyper $runs/maml_inner_lr $runs/maml_gradient_noise/HalfCheetahFwdBack-v0/hyper
-plot maml_full_batch "MAML at the paper's batch, no inner step: hyper is better backward, context forward" $runs/maml_full_batch
+plot maml_full_batch "MAML at the paper's batch, no inner step: hyper is ahead backward, context forward, not shown on average" $runs/maml_full_batch
 plot pearl_models "PEARL, reduced size, two runs of each; on HalfCheetahVelMedium the test goals lie outside training" $runs/pearl_models/float32
 plot pearl_generalisation "PEARL, reduced size, four runs of each: after adaptation hyper is likely ahead on goals outside training, not shown on those of training" $runs/pearl_generalisation
 plot td3_halfcheetah_initialisation "sa-hyper with three initialisations: released and bias cannot be told apart" $runs/td3_halfcheetah_initialisation/{bias,paper} $runs/td3_halfcheetah_critics/eight_critics/HalfCheetah-v4/sa-hyper

@@ -74,7 +74,7 @@ def main(out: Path) -> None:
     curves(maml, split(runs[(runs.split == "test") & (runs.goal != "")], "goal"))
     maml.legend(loc="upper left", ncols=2, fontsize=7, columnspacing=1)
     maml.set(ylim=(-80, 1150), xlabel="iterations (full batch, no inner step)")
-    maml.set_title("4  MAML: level on average,\nnot in each direction")
+    maml.set_title("4  MAML: no difference on average,\nbut in each direction")
 
     runs = runs_of("pearl_generalisation")
     curves(pearl, split(runs[runs.split == "test"], "phase"))
